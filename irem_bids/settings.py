@@ -246,7 +246,7 @@ class Run:
         None, "threads of one step; default: nprocs, 8 at most", low=1, nohash=True
     )
     mem: str | None = option(
-        None, "memory in all, as '16G', '16GB', '16000M'; a bare number is GB; default: 90 %% of "
+        None, "memory in all, as '16G', '16GB', '16000M'; a bare number is GB; default: 90 % of "
         "what this process may use", flags=("--mem-gb", "--mem_gb"), metavar="SIZE", nohash=True,
     )
     use_plugin: str | None = option(
