@@ -50,9 +50,14 @@ class Gauge:
 
 
 def gauge(
-    reconstruction: NDArray, recon_grid: Grid, truth: NDArray, truth_grid: Grid,
-    mask: NDArray[np.bool_] | None = None, *,
-    start: RigidTransform | None = None, threads: int = 1,
+    reconstruction: NDArray,
+    recon_grid: Grid,
+    truth: NDArray,
+    truth_grid: Grid,
+    mask: NDArray[np.bool_] | None = None,
+    *,
+    start: RigidTransform | None = None,
+    threads: int = 1,
 ) -> Gauge:
     """Find the rigid motion, scale and offset that bring a reconstruction nearest to the truth.
 
@@ -74,12 +79,16 @@ def gauge(
         fit = _Fit(
             Spline(_smooth(reconstruction, recon_grid, sigma), recon_grid, pad=0),
             _smooth(truth, truth_grid, sigma)[tuple(picked.T)].astype(np.float64),
-            truth_grid.to_world(picked), centre, threads,
+            truth_grid.to_world(picked),
+            centre,
+            threads,
         )
         vector, scale, offset = fit.solve(vector)
     transform = RigidTransform.from_vector(vector, centre)
     volume, coverage = _aligned(reconstruction, recon_grid, truth_grid, inside, transform, threads)
-    return Gauge(volume * np.float32(scale) + np.float32(offset), transform, scale, offset, coverage)
+    return Gauge(
+        volume * np.float32(scale) + np.float32(offset), transform, scale, offset, coverage
+    )
 
 
 def _smooth(volume: NDArray, grid: Grid, sigma: float) -> NDArray[np.float32]:
@@ -90,8 +99,12 @@ def _smooth(volume: NDArray, grid: Grid, sigma: float) -> NDArray[np.float32]:
 
 
 def _aligned(
-    reconstruction: NDArray, recon_grid: Grid, truth_grid: Grid, inside: NDArray[np.bool_],
-    transform: RigidTransform, threads: int,
+    reconstruction: NDArray,
+    recon_grid: Grid,
+    truth_grid: Grid,
+    inside: NDArray[np.bool_],
+    transform: RigidTransform,
+    threads: int,
 ) -> tuple[NDArray[np.float32], float]:
     """The reconstruction on the truth's grid, slab by slab, and the share of the mask it covers."""
     spline = Spline(reconstruction, recon_grid)
@@ -118,7 +131,11 @@ class _Fit:
     """
 
     def __init__(
-        self, spline: Spline, target: FloatArray, points: FloatArray, centre: FloatArray,
+        self,
+        spline: Spline,
+        target: FloatArray,
+        points: FloatArray,
+        centre: FloatArray,
         threads: int,
     ) -> None:
         self.spline, self.target, self.points = spline, target, points

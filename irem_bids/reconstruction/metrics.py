@@ -128,7 +128,9 @@ def ncc(image: NDArray, other: NDArray, mask: Mask | None = None) -> float:
     return float(a @ b / norm) if norm > 0 else 0.0
 
 
-def noise_sigma(image: NDArray, mask: Mask | None = None, *, slice_axis: int | None = None) -> float:
+def noise_sigma(
+    image: NDArray, mask: Mask | None = None, *, slice_axis: int | None = None
+) -> float:
     """Standard deviation of the noise, from the image alone (after Immerkaer 1996).
 
     Second differences along the axes, one after the other, remove what is smooth and
@@ -142,9 +144,21 @@ def noise_sigma(image: NDArray, mask: Mask | None = None, *, slice_axis: int | N
     axes = [axis for axis in range(image.ndim) if axis != slice_axis and image.shape[axis] > 2]
     for axis in axes:
         filtered = ndimage.correlate1d(filtered, SECOND_DIFFERENCE, axis=axis, mode="nearest")
+        inside = inside & _without_ends(inside.shape, axis)
+    if not inside.any():
+        raise MetricError("the mask has no voxel away from the image's border")
     norm = float(np.sqrt(6.0)) ** len(axes)
     values = filtered[inside]
     return float(MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))) / norm)
+
+
+def _without_ends(shape: tuple[int, ...], axis: int) -> Mask:
+    """False in the first and the last plane across ``axis``."""
+    keep = np.ones(shape, dtype=bool)
+    ends = [slice(None)] * len(shape)
+    for end in (0, -1):
+        keep[tuple([*ends[:axis], end, *ends[axis + 1 :]])] = False
+    return keep
 
 
 def snr(image: NDArray, mask: Mask | None = None, *, slice_axis: int | None = None) -> float:
@@ -167,8 +181,10 @@ def snr_of_repeats(first: NDArray, second: NDArray, mask: Mask | None = None) ->
 
 
 def expected_snr_ratio(
-    voxel: tuple[float, float, float], other: tuple[float, float, float],
-    minutes: float = 1.0, other_minutes: float = 1.0,
+    voxel: tuple[float, float, float],
+    other: tuple[float, float, float],
+    minutes: float = 1.0,
+    other_minutes: float = 1.0,
 ) -> float:
     """How many times the SNR of a scan is another's, by physics alone.
 

@@ -218,13 +218,18 @@ def draw(protocol: Protocol, truth: NDArray, grid: Grid) -> tuple[StackDraw, ...
         order = [*range(0, slices, 2), *range(1, slices, 2)]
         draws.append(
             StackDraw(
-                label=f"{plane}{repeat + 1}", plane=plane, shape=stack_grid.shape,
-                affine=_nested(stack_grid.affine), centre=_nested(centre),
+                label=f"{plane}{repeat + 1}",
+                plane=plane,
+                shape=stack_grid.shape,
+                affine=_nested(stack_grid.affine),
+                centre=_nested(centre),
                 pose=_nested(RigidTransform.from_vector(motion, centre).matrix),
-                slice_vectors=_nested(_walk(rng, protocol, order)), order=tuple(order),
+                slice_vectors=_nested(_walk(rng, protocol, order)),
+                order=tuple(order),
                 gain=float(1 + protocol.gain * rng.uniform(-1, 1)),
                 bias=_nested(rng.standard_normal(9) * (protocol.bias > 0)),
-                sigma=sigma, noise_seed=int(rng.integers(2**31)),
+                sigma=sigma,
+                noise_seed=int(rng.integers(2**31)),
                 damage=_draw_damage(rng, protocol, slices),
             )
         )
@@ -288,7 +293,10 @@ def _draw_damage(rng: np.random.Generator, protocol: Protocol, slices: int) -> t
         else:
             damage.append(
                 Damage(
-                    index, "torn", float(rng.uniform(0.4, 0.8)), float(rng.uniform(0.3, 0.6)),
+                    index,
+                    "torn",
+                    float(rng.uniform(0.4, 0.8)),
+                    float(rng.uniform(0.3, 0.6)),
                     int(rng.integers(5, 12)),
                 )
             )
@@ -363,14 +371,20 @@ def quadrature(
 
 
 def integrate(
-    spline: Spline, support: NDArray[np.float32], protocol: Protocol, one: StackDraw, *,
+    spline: Spline,
+    support: NDArray[np.float32],
+    protocol: Protocol,
+    one: StackDraw,
+    *,
     threads: int = 1,
 ) -> NDArray[np.float32]:
     """(I, J, K) what an ideal scanner sees: no gain, bias, damage or noise."""
     stack_grid, truth_grid = one.grid, spline.grid
     voxel = float(truth_grid.voxel_size.min())
     offsets, weights = quadrature(protocol, voxel, float(stack_grid.voxel_size[0]))
-    reach = float(np.abs(offsets).max()) * 1.75 + SUPPORT_MARGIN * float(truth_grid.voxel_size.max())
+    reach = float(np.abs(offsets).max()) * 1.75 + SUPPORT_MARGIN * float(
+        truth_grid.voxel_size.max()
+    )
     plane = np.indices(stack_grid.shape[:2]).reshape(2, -1)
     to_index = np.linalg.inv(truth_grid.affine)
 
@@ -379,9 +393,10 @@ def integrate(
         motion = to_index @ one.slice_pose(k).matrix
         indices = np.vstack([plane, np.full((1, plane.shape[1]), k)])
         base = (motion @ stack_grid.affine)[:3] @ np.vstack([indices, np.ones_like(indices[:1])])
-        near = ndimage.map_coordinates(
-            support, base + PAD, order=0, mode="nearest", prefilter=False
-        ) <= reach
+        near = (
+            ndimage.map_coordinates(support, base + PAD, order=0, mode="nearest", prefilter=False)
+            <= reach
+        )
         steps = motion[:3, :3] @ stack_grid.directions @ offsets.T  # (3, Q), truth voxels
         picked = base[:, near]
         total = np.zeros(picked.shape[1])

@@ -40,8 +40,13 @@ class Spline:
     def at_index(self, indices: NDArray) -> NDArray[np.float32]:
         """Intensities at (3, ...) fractional voxel indices of the grid; 0 outside."""
         return map_coordinates(
-            self.coefficients, indices + self.pad, order=3, prefilter=False,
-            mode="constant", cval=0.0, output=np.float32,
+            self.coefficients,
+            indices + self.pad,
+            order=3,
+            prefilter=False,
+            mode="constant",
+            cval=0.0,
+            output=np.float32,
         )
 
     def at(self, points: ArrayLike, *, threads: int = 1) -> NDArray[np.float32]:
