@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps as thin nipype interfaces: load, call ``reconstruction``, save.
+
+A step works in its own folder and hands folders on.  nipype compares folders by
+name only, so each step also hands on a key, the hash of what its result depends on.
+Inputs marked ``nohash`` cannot change a result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import traceback as tracebacks
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    Directory,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from . import completion, derivatives
+from .settings import Settings
+
+FAILURE_FILE = "failure.json"
+LOG = logging.getLogger("irem_bids")
+
+
+class Step(SimpleInterface):
+    """An interface whose failure is left in its folder as ``failure.json``."""
+
+    def _run_interface(self, runtime: Any) -> Any:
+        folder = Path(runtime.cwd)
+        try:
+            self._work(folder)
+        except Exception as error:
+            failure = {
+                "step": type(self).__name__.lower(),
+                "type": type(error).__name__,
+                "message": str(error) or type(error).__name__,
+                "code": failure_code(error),
+                "traceback": tracebacks.format_exc(),
+            }
+            derivatives.write_json(folder / FAILURE_FILE, failure)
+            raise
+        return runtime
+
+    def _work(self, folder: Path) -> None:
+        raise TypeError(f"{type(self).__name__} has no work to do")
+
+
+def failure_code(error: BaseException) -> int:
+    """The exit code that fits an error: bad data, no memory, no space, or just failure."""
+    from .exitcodes import ExitCode, UserError
+    from .reconstruction.geometry import GeometryError
+    from .reconstruction.stack import ImageError
+
+    if isinstance(error, UserError):
+        return int(error.code)
+    if isinstance(error, (ImageError, GeometryError)):
+        return int(ExitCode.BAD_DATA)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return int(ExitCode.TEMPORARY)
+    if isinstance(error, OSError):
+        return int(ExitCode.IO_ERROR)
+    return int(ExitCode.FAILURE)
+
+
+def set_threads(count: int) -> None:
+    """Limit torch to ``count`` threads in this process."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def logged_progress(name: str) -> Callable[[float, str], None]:
+    """A progress callback that logs each tenth of the way."""
+    last = [-1]
+
+    def report(fraction: float, message: str) -> None:
+        tenth = int(fraction * 10)
+        if tenth != last[0]:
+            last[0] = tenth
+            LOG.info("%s: %d %% %s", name, round(100 * fraction), message)
+
+    return report
+
+
+# ---------------------------------------------------------------- normalise, paper 2.1
+class _NormaliseInput(BaseInterfaceInputSpec):
+    group = traits.Dict(mandatory=True, desc="Group.to_dict")
+    settings = traits.Dict(mandatory=True, desc="sections, completion.normalise_settings")
+    threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _NormaliseOutput(TraitedSpec):
+    prepared = Directory(desc="folder of Prepared.save")
+    key = traits.Str(desc="hash of inputs, settings and version")
+
+
+class Normalise(Step):
+    """Stacks to one space: masks, bias, intensity scale, rigid poses."""
+
+    input_spec = _NormaliseInput
+    output_spec = _NormaliseOutput
+
+    def _work(self, folder: Path) -> None:
+        from .reconstruction.prepare import prepare
+        from .reconstruction.stack import read_stack
+
+        started = time.monotonic()
+        set_threads(self.inputs.threads)
+        key = completion.inputs_key(self.inputs.group, self.inputs.settings)
+        stacks = [
+            read_stack(
+                stack["path"],
+                label=stack["label"],
+                slice_thickness=stack["slice_thickness"],
+                mask_path=stack["mask"],
+            )
+            for stack in self.inputs.group["stacks"]
+        ]
+        settings = Settings.from_dict(self.inputs.settings)
+        prepared = prepare(stacks, settings, threads=self.inputs.threads)
+        target = folder / "prepared"
+        target.mkdir(exist_ok=True)
+        prepared.save(target)
+        step = {
+            "seconds": {"normalise": round(time.monotonic() - started, 2)},
+            "reference": prepared.stacks[prepared.reference].label,
+            "poses": {
+                stack.label: pose.matrix.tolist()
+                for stack, pose in zip(prepared.stacks, prepared.poses, strict=True)
+            },
+            "metrics": prepared.metrics,
+        }
+        derivatives.write_json(target / "step.json", step)
+        self._results.update(prepared=str(target), key=key)
+
+
+# ----------------------------------------------------------------- optimise, paper 2.2
+class _OptimiseInput(BaseInterfaceInputSpec):
+    prepared = Directory(mandatory=True)
+    prepared_key = traits.Str(mandatory=True)
+    method = traits.Str(mandatory=True)
+    settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
+    checkpoints = Directory(mandatory=True, nohash=True, desc="folder of all checkpoints")
+    devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
+    use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
+    threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _OptimiseOutput(TraitedSpec):
+    model = Directory(desc="folder of Fit.save")
+    key = traits.Str(desc="hash of inputs, settings, method and version")
+
+
+class Optimise(Step):
+    """Stacks in one space to a continuous field; poses and gains refined."""
+
+    input_spec = _OptimiseInput
+    output_spec = _OptimiseOutput
+    _can_resume = True
+
+    def _work(self, folder: Path) -> None:
+        from .reconstruction.optimise import fit
+        from .reconstruction.prepare import Prepared, output_grid
+        from .resources import claimed_device
+
+        set_threads(self.inputs.threads)
+        method = self.inputs.method
+        settings = Settings.from_dict(self.inputs.settings)
+        key = completion.method_key(self.inputs.prepared_key, method, self.inputs.settings)
+        prepared = Prepared.load(Path(self.inputs.prepared))
+        checkpoint = Path(self.inputs.checkpoints) / key
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        target = folder / "model"
+        target.mkdir(exist_ok=True)
+        with claimed_device(self.inputs.devices, checkpoint.parent / "locks") as device:
+            started = time.monotonic()
+            result = fit(
+                method,
+                prepared,
+                output_grid(prepared, settings.output),
+                settings,
+                device=device,
+                checkpoint=checkpoint,
+                progress=logged_progress(f"{folder.parent.name} {method}"),
+            )
+            result.save(target)
+        seconds = round(time.monotonic() - started, 2)
+        derivatives.write_json(
+            target / "step.json", {"device": device, "seconds": {"optimise": seconds}}
+        )
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        self._results.update(model=str(target), key=key)
+
+
+# -------------------------------------------------------------- reconstruct, paper 2.3
+class _ReconstructInput(BaseInterfaceInputSpec):
+    prepared = Directory(mandatory=True)
+    model = Directory(mandatory=True)
+    model_key = traits.Str(mandatory=True)
+    settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
+    checkpoints = Directory(mandatory=True, nohash=True, desc="its folder 'locks' is used")
+    devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
+    use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
+    threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _ReconstructOutput(TraitedSpec):
+    folder = Directory(desc="model, volume.nii.gz, mask.nii.gz, quality.json")
+    key = traits.Str(desc="the model's key")
+
+
+class Reconstruct(Step):
+    """Continuous field to a volume on the output grid, with its mask and metrics."""
+
+    input_spec = _ReconstructInput
+    output_spec = _ReconstructOutput
+
+    def _work(self, folder: Path) -> None:
+        from .reconstruction.masks import output_mask
+        from .reconstruction.optimise import Fit, quality
+        from .reconstruction.prepare import Prepared, output_grid
+        from .reconstruction.sample import sample
+        from .reconstruction.stack import write_image
+        from .resources import claimed_device
+
+        set_threads(self.inputs.threads)
+        settings = Settings.from_dict(self.inputs.settings)
+        prepared = Prepared.load(Path(self.inputs.prepared))
+        result = Fit.load(Path(self.inputs.model))
+        grid = output_grid(prepared, settings.output)
+        locks = Path(self.inputs.checkpoints) / "locks"
+        with claimed_device(self.inputs.devices, locks) as device:
+            started = time.monotonic()
+            values = sample(result.field.to(device), grid, device=device)
+            metrics = quality(prepared, result, settings)
+        target = folder / "result"
+        shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
+        write_image(target / "volume.nii.gz", values * prepared.scale, grid)
+        write_image(target / "mask.nii.gz", output_mask(prepared, grid), grid)
+        derivatives.write_json(target / "quality.json", {**metrics, **prepared.metrics})
+        step = json.loads((target / "step.json").read_text())
+        step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)
+        derivatives.write_json(target / "step.json", step)
+        self._results.update(folder=str(target), key=self.inputs.model_key)
+
+
+# --------------------------------------------------------------------- report and save
+class _ResultInput(BaseInterfaceInputSpec):
+    group = traits.Dict(mandatory=True, desc="Group.to_dict")
+    settings = traits.Dict(mandatory=True, desc="all sections, Settings.to_dict")
+    prepared = Directory(mandatory=True)
+    methods = traits.List(traits.Str, mandatory=True)
+    folders = traits.List(Directory(), mandatory=True, desc="one per method")
+    keys = traits.List(traits.Str, mandatory=True, desc="one per method")
+    provenance = traits.Dict(mandatory=True, nohash=True, desc="versions, command line")
+    output_dir = Directory(mandatory=True)
+
+
+class _ReportInput(_ResultInput):
+    reports = Directory(mandatory=True, desc="folder of what reports are made from")
+
+
+class _ReportOutput(TraitedSpec):
+    page = traits.Str(desc="the HTML page")
+
+
+def result_of(inputs: Any) -> derivatives.Result:
+    """The result that a report or save step got as its inputs."""
+    from .bids import Group
+
+    return derivatives.Result(
+        group=Group.from_dict(inputs.group),
+        prepared=Path(inputs.prepared),
+        methods={m: Path(f) for m, f in zip(inputs.methods, inputs.folders, strict=True)},
+        settings=Settings.from_dict(inputs.settings),
+        keys=dict(zip(inputs.methods, inputs.keys, strict=True)),
+        provenance=inputs.provenance,
+    )
+
+
+class Report(Step):
+    """Figures of the group and the page of its subject and session."""
+
+    input_spec = _ReportInput
+    output_spec = _ReportOutput
+    _always_run = True
+
+    def _work(self, folder: Path) -> None:
+        from . import pages
+
+        os.environ.setdefault("MPLBACKEND", "agg")
+        result = result_of(self.inputs)
+        reports = Path(self.inputs.reports)
+        pages.remember(result, reports)
+        page = pages.write_page(result.group, reports, Path(self.inputs.output_dir))
+        self._results["page"] = str(page)
+
+
+class _SaveInput(_ResultInput):
+    page = traits.Str(desc="the page is made before the group counts as finished")
+
+
+class _SaveOutput(TraitedSpec):
+    files = traits.List(traits.Str, desc="what was written")
+
+
+class Save(Step):
+    """BIDS derivatives of the group."""
+
+    input_spec = _SaveInput
+    output_spec = _SaveOutput
+    _always_run = True
+
+    def _work(self, folder: Path) -> None:
+        files = derivatives.save(result_of(self.inputs), Path(self.inputs.output_dir))
+        self._results["files"] = [str(path) for path in files]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each report page is made from, remembered in the work folder.
+
+A page shows all contrasts of a subject and session, and groups end one by one,
+perhaps in several processes: each leaves a record, and the page is made from the
+records there are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import derivatives
+from .bids import Group
+from .settings import Settings
+
+
+def remember(
+    result: derivatives.Result, reports: Path, errors: Sequence[dict[str, Any]] = ()
+) -> Path:
+    """Write the record of a group; ``errors`` has ``step``, ``message``, ``traceback`` each."""
+    record = {
+        "group": result.group.to_dict(),
+        "prepared": str(result.prepared),
+        "methods": {method: str(folder) for method, folder in result.methods.items()},
+        "settings": result.settings.to_dict(),
+        "provenance": result.provenance,
+        "errors": list(errors),
+    }
+    return derivatives.write_json(reports / f"{result.group.name}.json", record)
+
+
+def recall(path: Path, output_dir: Path) -> Any:
+    """A record as :class:`irem_bids.report.ReportInput`."""
+    from .report import ReportInput
+
+    record = json.loads(path.read_text())
+    return ReportInput(
+        group=Group.from_dict(record["group"]),
+        prepared=Path(record["prepared"]),
+        methods={method: Path(folder) for method, folder in record["methods"].items()},
+        settings=Settings.from_dict(record["settings"]),
+        provenance=record["provenance"],
+        errors=record["errors"],
+        out_dir=output_dir,
+    )
+
+
+def records_of(group: Group, reports: Path) -> list[Path]:
+    """Records of all groups of a group's subject and session."""
+    same = []
+    for path in sorted(reports.glob(f"sub-{group.subject}_*.json")):
+        other = json.loads(path.read_text())["group"]
+        if (other["subject"], other["session"]) == (group.subject, group.session):
+            same.append(path)
+    return same
+
+
+def write_page(group: Group, reports: Path, output_dir: Path) -> Path:
+    """Make the page of a group's subject and session; one process at a time does it."""
+    from .report import build_report
+
+    reports.mkdir(parents=True, exist_ok=True)
+    lock = reports / f".sub-{group.subject}_ses-{group.session or ''}.lock"
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        inputs = [recall(path, output_dir) for path in records_of(group, reports)]
+        return Path(build_report(inputs, output_dir, group.subject, group.session))

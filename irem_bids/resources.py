@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this process may use: processors, memory and GPUs.
+
+The limits of affinity, control groups and Slurm are honoured, not the totals of
+the machine.  GPUs are counted in a child process, because CUDA that was started
+once does not survive in the workers.  Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .exitcodes import ExitCode, UserError
+from .settings import Run
+
+GIGABYTE = 1e9
+MOST_THREADS = 8
+UNITS = {"": 1e9, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Limits of a run.
+
+    Attributes
+    ----------
+    nprocs
+        Processors in all.
+    threads
+        Threads of one step.
+    memory_gb
+        Memory in all, 10^9 bytes.
+    devices
+        Torch devices that training may use: ``("cpu",)`` or one entry per GPU.
+    """
+
+    nprocs: int
+    threads: int
+    memory_gb: float
+    devices: tuple[str, ...]
+
+    @property
+    def gpu(self) -> bool:
+        """Training happens on a GPU."""
+        return self.devices != ("cpu",)
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    """Folders of this process's control group and of its ancestors."""
+    root = Path("/sys/fs/cgroup")
+    names = {"", "cpu", "cpu,cpuacct", "memory"}
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for name in names:
+        yield root / name
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        folder = root / controllers / path.lstrip("/")
+        while folder != root and root in folder.parents:
+            yield folder
+            folder = folder.parent
+
+
+def _read_numbers(path: Path) -> list[float] | None:
+    try:
+        return [float(word) for word in path.read_text().split() if word != "max"]
+    except (OSError, ValueError):
+        return None
+
+
+def available_cpus() -> int:
+    """Processors this process may use: affinity, control group, Slurm."""
+    counts = [float(len(os.sched_getaffinity(0)))]
+    for folder in _cgroup_folders():
+        quota = _read_numbers(folder / "cpu.max")
+        if quota and len(quota) == 2:
+            counts.append(quota[0] / quota[1])
+        old, period = (
+            _read_numbers(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")
+        )
+        if old and period and old[0] > 0 and period[0] > 0:
+            counts.append(old[0] / period[0])
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm.isdigit() and int(slurm) > 0:
+        counts.append(float(slurm))
+    return max(1, int(min(counts)))
+
+
+def available_memory_gb() -> float:
+    """Memory this process may use, 10^9 bytes: machine, control group, Slurm."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIGABYTE]
+    for folder in _cgroup_folders():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _read_numbers(folder / name)
+            if limit:
+                sizes.append(limit[0] / GIGABYTE)
+    node = os.environ.get("SLURM_MEM_PER_NODE", "")
+    each = os.environ.get("SLURM_MEM_PER_CPU", "")
+    if node.isdigit() and int(node) > 0:
+        sizes.append(int(node) * 2**20 / GIGABYTE)
+    elif each.isdigit() and int(each) > 0:
+        sizes.append(int(each) * available_cpus() * 2**20 / GIGABYTE)
+    return min(sizes)
+
+
+def parse_memory(text: str) -> float:
+    """A size such as ``16G``, ``16GB``, ``16000M`` in 10^9 bytes; a bare number is GB.
+
+    >>> parse_memory("16000M"), parse_memory("16 GB"), parse_memory("0.5")
+    (16.0, 16.0, 0.5)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise UserError(
+            f"--mem is {text!r}; expected a size such as 16G, 16GB or 16000M", ExitCode.USAGE
+        )
+    factor = UNITS[match[2]]
+    if (match[3] or "").startswith("i"):
+        factor = 1024.0 ** (" kmgt".index(match[2]))
+    return float(match[1]) * factor / GIGABYTE
+
+
+def count_gpus() -> int:
+    """CUDA devices that torch sees in a child process; honours CUDA_VISIBLE_DEVICES."""
+    nodes = [Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/dev/dxg")]
+    if not any(node.exists() for node in nodes) or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    code = "import torch; print('gpus', torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    match = re.search(r"gpus (\d+)", done.stdout)
+    return int(match[1]) if match else 0
+
+
+def choose_devices(device: str, gpu_counter: Callable[[], int] | None = None) -> tuple[str, ...]:
+    """Torch devices for ``--device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises
+    ------
+    UserError
+        The spelling is unknown (64), or a GPU is asked for and absent (75).
+    """
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+    if not match:
+        raise UserError(
+            f"--device is {device!r}; expected auto, cpu, cuda or cuda:N", ExitCode.USAGE
+        )
+    if device == "cpu":
+        return ("cpu",)
+    count = (gpu_counter or count_gpus)()
+    if match[1] is not None and int(match[1]) < count:
+        return (device,)
+    if count and match[1] is None:
+        return tuple(f"cuda:{index}" for index in range(count))
+    if device == "auto":
+        return ("cpu",)
+    raise UserError(
+        f"--device is {device!r}, and torch sees {count} CUDA device(s) here; check nvidia-smi "
+        "and CUDA_VISIBLE_DEVICES, or use --device cpu",
+        ExitCode.TEMPORARY,
+    )
+
+
+def resolve(run: Run) -> Resources:
+    """Limits of a run from its settings and from what this process may use."""
+    nprocs = run.nprocs or available_cpus()
+    memory = parse_memory(run.mem) if run.mem else 0.9 * available_memory_gb()
+    threads = min(run.omp_nthreads or min(nprocs, MOST_THREADS), nprocs)
+    return Resources(nprocs, threads, memory, choose_devices(run.device))
+
+
+@contextlib.contextmanager
+def claimed_device(devices: Sequence[str], locks: Path) -> Iterator[str]:
+    """Hold one of ``devices``, alone on this machine; waits while all are taken.
+
+    The CPU is never locked.  The lock is the operating system's and goes with
+    the process, however it ends.
+    """
+    import fcntl
+
+    if list(devices) == ["cpu"]:
+        yield "cpu"
+        return
+    locks.mkdir(parents=True, exist_ok=True)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    while True:
+        for device in devices:
+            index = int(device.partition(":")[2] or 0)
+            physical = names[index] if index < len(names) else str(index)
+            lock = locks / f"{socket.gethostname()}-gpu-{physical}.lock"
+            with lock.open("w") as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                yield device
+                return
+        time.sleep(0.5)
