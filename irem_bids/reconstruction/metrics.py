@@ -157,7 +157,7 @@ def _without_ends(shape: tuple[int, ...], axis: int) -> Mask:
     keep = np.ones(shape, dtype=bool)
     ends = [slice(None)] * len(shape)
     for end in (0, -1):
-        keep[tuple([*ends[:axis], end, *ends[axis + 1 :]])] = False
+        keep[(*ends[:axis], end, *ends[axis + 1 :])] = False
     return keep
 
 

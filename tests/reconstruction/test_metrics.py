@@ -37,7 +37,7 @@ def test_psnr_counts_the_mask_only_and_takes_its_peak_there(volume, noisy):
     assert metrics.psnr(spoiled, truth, mask) == pytest.approx(10 * np.log10(peak**2 / error))
     assert metrics.psnr(truth, truth, mask) == np.inf
     assert metrics.psnr(noisy, truth, mask, peak=1.0) < 0
-    with pytest.raises(metrics.MetricError, match="expected 'p99.9'"):
+    with pytest.raises(metrics.MetricError, match=r"expected 'p99\.9'"):
         metrics.psnr(noisy, truth, peak="best")
 
 

@@ -12,6 +12,7 @@ from scipy.special import erf
 
 from irem_bids.reconstruction import simulate as sim
 from irem_bids.reconstruction.geometry import Grid, RigidTransform, plane, through_plane_axis
+from irem_bids.reconstruction.metrics import head_mask
 from tests.phantom import head
 
 WIDTH = 3.0  # mm, standard deviation of the blob
@@ -23,7 +24,7 @@ def blob_truth(shape=(44, 46, 48)):
     affine = np.eye(4)
     affine[:3, 3] = (-20, -25, -18)
     grid = Grid(shape, affine)
-    centre = grid.centre + (1.3, -2.1, 0.7)
+    centre = grid.centre + np.array([1.3, -2.1, 0.7])
     points = grid.to_world(np.moveaxis(np.indices(shape), 0, -1))
     volume = HEIGHT * np.exp(-0.5 * np.sum((points - centre) ** 2, axis=-1) / WIDTH**2)
     return volume.astype(np.float32), grid, centre
@@ -205,7 +206,7 @@ def test_a_moved_slice_shows_the_moved_tissue():
 
 def test_noise_is_rician_of_the_stated_snr():
     truth, grid = head()
-    mask = sim.head_mask(truth)
+    mask = head_mask(truth)
     protocol = sim.Protocol(orientations=("axial",), thickness=4.0, snr=20, gain=0.2, seed=1)
     one = sim.simulate(truth, grid, protocol)[0]
     clean = sim.acquire(truth, grid, protocol, [replace(one.draw, sigma=0.0)])[0].stack.data
