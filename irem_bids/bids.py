@@ -9,7 +9,6 @@ are plain data that can be pickled and written as JSON.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,12 +21,14 @@ from .masks import MaskFile, find_masks, link_name, match_masks
 from .names import Sidecars, join_entities, natural_key
 from .reconstruction.geometry import GeometryError, Grid
 from .reconstruction.stack import ImageError, read_image, read_mask
+from .resources import available_cpus
 from .settings import MODALITIES, Acquisition, Settings
 
 #: Entities whose values are reconstructed apart.
 KEPT_APART = ("ce", "trc", "echo", "flip", "inv", "mt", "part")
 #: A dry run of a larger dataset looks at headers and lengths only, and says so.
 MAX_DRY_READS = 300
+MOST_READERS = 8  # threads that read images
 
 Progress = Callable[[float, str], None]
 
@@ -192,7 +193,7 @@ def discover(
     candidates = _inspect_all(images, inspection, settings.run.nprocs, progress)
     for number, folder in enumerate(settings.selection.derivatives):
         prefix = f"bids:{link_name(number)}:"
-        if not any((c.stack and c.stack.mask_uri or "").startswith(prefix) for c in candidates):
+        if not any(((c.stack and c.stack.mask_uri) or "").startswith(prefix) for c in candidates):
             notes.append(f"--derivatives {folder}: no mask in it matches an image by its entities")
     return _group(candidates, subjects, settings.selection.modalities, tuple(notes))
 
@@ -263,7 +264,7 @@ def _inspect_all(
     nprocs: int | None,
     progress: Progress | None,
 ) -> list[_Candidate]:
-    workers = min(nprocs or os.cpu_count() or 1, 8)
+    workers = min(nprocs or available_cpus(), MOST_READERS)
     candidates = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
         jobs = pool.map(lambda image: _inspect(image, inspection), images)
@@ -315,9 +316,9 @@ def _mask_of(image: ImageFile, grid: Grid, inspection: _Inspection) -> MaskFile 
     """The mask of an image; one that names no contrast must share the grid if that is ambiguous."""
     key = tuple(sorted(image.name.entities.items()))
     for mask in match_masks(inspection.masks.get(image.subject, []), image.name):
-        if mask.contrast is None and key in inspection.shared_names:
-            if read_image(mask.path)[1] != grid:
-                continue
+        ambiguous = mask.contrast is None and key in inspection.shared_names
+        if ambiguous and read_image(mask.path)[1] != grid:
+            continue
         if inspection.read_voxels:
             try:
                 read_mask(mask.path, grid)
