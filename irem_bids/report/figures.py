@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a group, from its working folder to PNG and SVG files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..reconstruction.geometry import Grid, RigidTransform
+from ..reconstruction.stack import Stack
+from . import plots, views
+from .material import Material, MethodResult, ReportInput, load
+
+TILE = 340  # pixels, about, of the longer side of a picture
+SLICES = 12  # slices of a stack that are shown
+RESIDUAL_SPAN = 0.25  # residuals are shown within this part of the window, either way
+MARGIN = 6.0  # mm around the head in pictures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A file of the figures folder and what a reader who cannot see it is told."""
+
+    path: Path
+    section: str  # inputs | registration | reconstruction | mosaic | residual | training | poses
+    alt: str
+    caption: str = ""
+    stack: str = ""
+    method: str = ""
+    plane: str = ""
+    state: str = ""  # of registration: reference | before | after
+
+
+class Studio:
+    """Draws one group: names of files, and one window for everything compared."""
+
+    def __init__(self, material: Material, folder: Path) -> None:
+        self.material = material
+        self.folder = folder
+        group = material.inp.group
+        stem, _, self.suffix = group.name.rpartition("_")
+        self.stem = re.sub(r"[/\0]", "_", stem)
+        prepared = material.prepared
+        self.levels = (0.0, 1.0)
+        if prepared is not None:
+            pooled = [s.data[s.mask][:: max(1, s.mask.sum() // 200_000)] for s in prepared.stacks]
+            self.levels = views.window(np.concatenate(pooled))
+
+    def path(self, what: str, extension: str = "png") -> Path:
+        """``sub-X[_ses-Y]_desc-<what>_<suffix>.<extension>`` in the figures folder."""
+        what = re.sub(r"[^A-Za-z0-9]", "", what)
+        return self.folder / f"{self.stem}_desc-{what}_{self.suffix}.{extension}"
+
+    def attempt(self, what: str, draw: Callable[[], list[Figure]]) -> list[Figure]:
+        """Draw, or note why it could not be done: a report must come in any case."""
+        try:
+            return draw()
+        except Exception as error:
+            self.material.problem(f"the figure '{what}' could not be drawn", error)
+            return []
+
+
+def make_figures(
+    inp: ReportInput, figures_dir: Path, material: Material | None = None
+) -> list[Figure]:
+    """Draw all figures of a group into ``figures_dir``.
+
+    What cannot be drawn becomes an entry of ``material.problems``.
+    """
+    material = load(inp) if material is None else material
+    figures_dir = Path(figures_dir)
+    figures_dir.mkdir(parents=True, exist_ok=True)
+    studio = Studio(material, figures_dir)
+    figures: list[Figure] = []
+    if material.prepared is not None:
+        for stack in material.prepared.stacks:
+            figures += studio.attempt(f"stack {stack.label}", partial(stack_slices, studio, stack))
+        figures += studio.attempt("registration", partial(registration, studio))
+        figures += studio.attempt("reconstruction", partial(reconstruction, studio))
+        figures += studio.attempt("poses", partial(poses, studio))
+        for result in material.methods.values():
+            figures += studio.attempt(
+                f"residual of {result.name}", partial(residuals, studio, result)
+            )
+    for result in material.methods.values():
+        figures += studio.attempt(f"mosaic of {result.name}", partial(mosaic, studio, result))
+        figures += studio.attempt(f"training of {result.name}", partial(training, studio, result))
+    return figures
+
+
+def _limits(mask: NDArray[np.bool_], grid: Grid) -> list[tuple[int, int]]:
+    edge = MARGIN / grid.voxel_size
+    return views.box(mask, (float(edge[0]), float(edge[1]), float(edge[2])))
+
+
+def _zoomed(
+    pixels: NDArray[np.uint8], grid: Grid, plane: str, mm: float, corner: str = ""
+) -> Image.Image:
+    large = views.enlarge(pixels, views.pixel_size(grid, plane), mm)
+    return views.label_edges(large, plane, corner)
+
+
+def stack_slices(studio: Studio, stack: Stack) -> list[Figure]:
+    """Slices of a stack in its own plane, voxel by voxel."""
+    full = views.canonical(stack.data, stack.grid)
+    limits = _limits(views.canonical(stack.mask, stack.grid).data, full.grid)
+    part = views.crop(full, limits)
+    normal = full.file_axis.index(stack.slice_axis)
+    plane = next(p for p, axis in views.NORMAL.items() if axis == normal)
+    rows, columns = views.pixel_size(part.grid, plane)
+    shape = views.picture(part.data, plane, 0).shape
+    mm = min(rows, columns) / max(1, round(220 / max(shape)))
+    tiles = []
+    for index in views.spread((0, part.data.shape[normal]), SLICES):
+        grey = views.grey(views.picture(part.data, plane, index), studio.levels)
+        number = part.file_index(normal, index)
+        tiles.append(_zoomed(grey, part.grid, plane, mm, f"{number}"))
+    path = studio.path(f"stack{stack.label}")
+    views.save_png(views.montage(tiles, min(6, len(tiles))), path)
+    return [
+        Figure(
+            path,
+            "inputs",
+            alt=f"{len(tiles)} of {stack.data.shape[stack.slice_axis]} slices of stack {stack.label} "
+            f"in its own {stack.plane} plane",
+            caption="number: index of the slice in the file, from 0",
+            stack=stack.label,
+        )
+    ]
+
+
+def _compare_grid(stack: Stack) -> tuple[Grid, dict[str, int]]:
+    """Isotropic RAS+ grid around the head of ``stack`` and the index of the middle per plane."""
+    full = views.canonical(stack.mask, stack.grid)
+    part = views.crop(full, _limits(full.data, full.grid))
+    extent = np.array(part.grid.shape) * part.grid.voxel_size
+    grid = part.grid.resampled(max(float(part.grid.voxel_size.min()), float(extent.max()) / 200))
+    centre = part.grid.to_world(np.argwhere(part.data).mean(axis=0))
+    return grid, _middle(grid, centre)
+
+
+def _middle(grid: Grid, centre: NDArray[np.float64]) -> dict[str, int]:
+    index = np.clip(np.round(grid.to_index(centre)), 0, np.array(grid.shape) - 1).astype(int)
+    return {plane: int(index[axis]) for plane, axis in views.NORMAL.items()}
+
+
+def registration(studio: Studio) -> list[Figure]:
+    """The reference and every other stack on one grid, as the headers say and as registered."""
+    prepared = studio.material.prepared
+    if prepared is None or len(prepared.stacks) < 2:
+        return []
+    reference = prepared.stacks[prepared.reference]
+    grid, middle = _compare_grid(reference)
+    mm = float(grid.voxel_size[0]) / max(1, round(TILE / max(grid.shape)))
+
+    def strip(stack: Stack, pose: RigidTransform, what: str, state: str) -> Figure:
+        tiles = []
+        for plane in views.PLANES:
+            points = views.slice_points(grid, plane, middle[plane])
+            values = views.sample_stack(stack, pose, points, order=1)
+            tiles.append(_zoomed(views.grey(values, studio.levels), grid, plane, mm))
+        path = views.save_png(views.montage(tiles, 3), studio.path(what))
+        place = {
+            "reference": "the reference stack",
+            "before": "where its header places it",
+            "after": "after registration to the reference",
+        }[state]
+        return Figure(
+            path,
+            "registration",
+            stack=stack.label,
+            state=state,
+            alt=f"stack {stack.label}, {place}: axial, coronal and sagittal sections",
+        )
+
+    figures = [strip(reference, RigidTransform(), f"reg{reference.label}", "reference")]
+    for number, (stack, pose) in enumerate(zip(prepared.stacks, prepared.poses, strict=True)):
+        if number != prepared.reference:
+            figures.append(strip(stack, RigidTransform(), f"reg{stack.label}before", "before"))
+            figures.append(strip(stack, pose, f"reg{stack.label}after", "after"))
+    return figures
+
+
+def _with_volume(material: Material) -> list[MethodResult]:
+    return [m for m in material.methods.values() if m.volume is not None and m.grid is not None]
+
+
+def reconstruction(studio: Studio) -> list[Figure]:
+    """One picture per plane of every stack and every method, all at one position."""
+    prepared, done = studio.material.prepared, _with_volume(studio.material)
+    if prepared is None or not done:
+        return []
+    first = done[0]
+    part, middle = _head(first)
+    mm = float(part.grid.voxel_size.min()) / max(1, round(TILE / max(part.grid.shape)))
+    figures = []
+    for plane in views.PLANES:
+        points = views.slice_points(part.grid, plane, middle[plane])
+        for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
+            moved = first.poses.get(stack.label, pose)
+            values = views.sample_stack(stack, moved, points, order=0)
+            image = _zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
+            path = views.save_png(image, studio.path(f"recon{plane}{stack.label}"))
+            figures.append(
+                Figure(
+                    path,
+                    "reconstruction",
+                    plane=plane,
+                    stack=stack.label,
+                    alt=f"{plane} section of the {stack.plane} stack {stack.label}",
+                )
+            )
+        for result in done:
+            values = _section(result, points) / prepared.scale
+            image = _zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
+            path = views.save_png(image, studio.path(f"recon{plane}{result.name}"))
+            figures.append(
+                Figure(
+                    path,
+                    "reconstruction",
+                    plane=plane,
+                    method=result.name,
+                    alt=f"{plane} section of the reconstruction by {result.name}",
+                )
+            )
+    return figures
+
+
+def _head(result: MethodResult) -> tuple[views.Canonical, dict[str, int]]:
+    """The part of a result around the head, and the index of its middle per plane."""
+    if result.volume is None or result.grid is None or result.mask is None:
+        raise ValueError(f"{result.name} left no volume")
+    mask = views.canonical(result.mask, result.grid)
+    limits = _limits(mask.data, mask.grid)
+    part = views.crop(views.canonical(result.volume, result.grid), limits)
+    inside = views.crop(mask, limits).data
+    centre = (
+        part.grid.to_world(np.argwhere(inside).mean(axis=0)) if inside.any() else (part.grid.centre)
+    )
+    return part, _middle(part.grid, centre)
+
+
+def _section(result: MethodResult, points: NDArray[np.float64]) -> views.Picture:
+    """Voxels of a result at points of reference space (nearest; all methods share a grid)."""
+    if result.volume is None or result.grid is None:
+        raise ValueError(f"{result.name} left no volume")
+    shell = Stack(
+        result.name, result.volume, result.grid, 2, 1.0, np.ones(result.volume.shape, dtype=bool)
+    )
+    return views.sample_stack(shell, RigidTransform(), points, order=0)
+
+
+def mosaic(studio: Studio, result: MethodResult) -> list[Figure]:
+    """Six sections of a result in each of the three planes."""
+    if result.volume is None:
+        return []
+    part, _ = _head(result)
+    prepared = studio.material.prepared
+    scale = 1.0 if prepared is None else prepared.scale
+    levels = studio.levels
+    if prepared is None and result.mask is not None:
+        levels = views.window(result.volume[result.mask])
+    mm = float(part.grid.voxel_size.min()) / max(1, round(240 / max(part.grid.shape)))
+    tiles = []
+    for plane in views.PLANES:
+        size = part.data.shape[views.NORMAL[plane]]
+        places = views.spread((int(0.1 * size), max(int(0.9 * size), 1)), 6)
+        for index in (places + places[-1:] * 6)[:6]:
+            grey = views.grey(views.picture(part.data, plane, index) / scale, levels)
+            tiles.append(_zoomed(grey, part.grid, plane, mm))
+    path = views.save_png(views.montage(tiles, 6), studio.path(f"mosaic{result.name}"))
+    return [
+        Figure(
+            path,
+            "mosaic",
+            method=result.name,
+            alt=f"reconstruction by {result.name}: six axial, six coronal and six sagittal sections",
+        )
+    ]
+
+
+def one_slice(stack: Stack, index: int) -> Stack:
+    """The stack cut down to slice ``index``, at its place."""
+    keep = [slice(None)] * 3
+    keep[stack.slice_axis] = slice(index, index + 1)
+    low = np.zeros(3)
+    low[stack.slice_axis] = index
+    affine = np.array(stack.grid.affine)
+    affine[:3, 3] = stack.grid.to_world(low)
+    data = stack.data[tuple(keep)]
+    return replace(stack, data=data, mask=stack.mask[tuple(keep)], grid=Grid(data.shape, affine))
+
+
+def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
+    """The middle slice of each stack: acquired, predicted from the field, and the difference."""
+    prepared = studio.material.prepared
+    if prepared is None or not (result.folder / "model.safetensors").exists():
+        return []
+    from ..reconstruction.acquisition import predict
+    from ..reconstruction.fields import load_model
+
+    field = load_model(result.folder / "model.safetensors").field
+    settings = studio.material.inp.settings.acquisition
+    black, white = studio.levels
+    span = RESIDUAL_SPAN * (white - black)
+    figures = []
+    for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
+        counts = stack.mask.sum(axis=tuple(a for a in range(3) if a != stack.slice_axis))
+        piece = one_slice(stack, int(np.argmax(np.cumsum(counts) >= counts.sum() / 2)))
+        predicted = predict(
+            field,
+            piece,
+            result.poses.get(stack.label, pose),
+            result.gains.get(stack.label, 1.0),
+            settings,
+        )
+        image = _residual_image(studio, piece, np.asarray(predicted), span)
+        path = views.save_png(image, studio.path(f"residual{result.name}{stack.label}"))
+        figures.append(
+            Figure(
+                path,
+                "residual",
+                method=result.name,
+                stack=stack.label,
+                alt=f"middle slice of stack {stack.label} as acquired, as {result.name} predicts it, "
+                "and the residual",
+                caption=f"residual: purple is acquired above predicted by {span:.3g} or more, "
+                f"orange the reverse, in units of the {_percentile(studio)}th percentile of the "
+                "foreground",
+            )
+        )
+    return figures
+
+
+def _percentile(studio: Studio) -> str:
+    return f"{studio.material.inp.settings.normalise.intensity_percentile:g}"
+
+
+def _residual_image(studio: Studio, piece: Stack, predicted: NDArray, span: float) -> Image.Image:
+    full = views.canonical(piece.data, piece.grid)
+    normal = full.file_axis.index(piece.slice_axis)
+    plane = next(p for p, axis in views.NORMAL.items() if axis == normal)
+    other = views.canonical(predicted, piece.grid).data
+    limits = _limits(views.canonical(piece.mask, piece.grid).data, full.grid)
+    limits[normal] = (0, 1)
+    part = views.crop(full, limits)
+    guess = other[tuple(slice(a, b) for a, b in limits)]
+    size = views.pixel_size(part.grid, plane)
+    shape = views.picture(part.data, plane, 0).shape
+    mm = min(size) / max(1, round(TILE / max(shape)))
+    tiles = []
+    for name, values in (("acquired", part.data), ("predicted", guess)):
+        pixels = views.grey(views.picture(values, plane, 0), studio.levels)
+        tiles.append(_zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
+    difference = views.picture(part.data - guess, plane, 0)
+    colours = matplotlib.colormaps["PuOr"](np.clip(0.5 + difference / (2 * span), 0, 1))
+    pixels = np.asarray(colours[..., :3] * 255).astype(np.uint8)
+    tiles.append(_zoomed(pixels, part.grid, plane, mm, "residual"))
+    return views.montage(tiles, 3)
+
+
+def training(studio: Studio, result: MethodResult) -> list[Figure]:
+    """Loss and held-out error of one method."""
+    path = plots.training(result.history, studio.path(f"training{result.name}", "svg"))
+    if path is None:
+        return []
+    loss = [float(v) for v in result.history.get("loss", ())]
+    words = f" from {loss[0]:.3g} to {loss[-1]:.3g}" if loss else ""
+    return [
+        Figure(
+            path,
+            "training",
+            method=result.name,
+            alt=f"training loss of {result.name}{words} over {len(loss)} recorded steps, "
+            "and the error of the held-out voxels",
+        )
+    ]
+
+
+def poses(studio: Studio) -> list[Figure]:
+    """Rotation and shift of each stack, as registered and as each method refined it."""
+    prepared = studio.material.prepared
+    if prepared is None:
+        return []
+    labels = [stack.label for stack in prepared.stacks]
+    sets = {"registration": plots.pose_table(prepared.stacks, prepared.poses)}
+    for result in studio.material.methods.values():
+        if result.poses and all(label in result.poses for label in labels):
+            sets[result.name] = plots.pose_table(
+                prepared.stacks, [result.poses[label] for label in labels]
+            )
+    figures = []
+    for number, (name, unit) in enumerate((("rotation", "degrees"), ("translation", "mm"))):
+        path = plots.pose_components(
+            labels,
+            {k: v[number] for k, v in sets.items()},
+            f"{name} ({unit})",
+            studio.path(f"pose{name}", "svg"),
+        )
+        figures.append(
+            Figure(
+                path,
+                "poses",
+                alt=f"{name} of each stack about three axes in {unit}; the table below has the sizes",
+                caption="hollow: registration; filled: " + ", ".join(list(sets)[1:])
+                if len(sets) > 1
+                else "as registered",
+            )
+        )
+    return figures

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report is made from: the group's working folder, read leniently.
+
+A report is also wanted when something failed, so a part that is absent or
+unreadable becomes an entry of :attr:`Material.problems`, never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..reconstruction.geometry import Grid, RigidTransform
+from ..reconstruction.stack import FloatImage, Mask, Stack, read_image
+from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..reconstruction.prepare import Prepared
+
+LOG = logging.getLogger(__name__)
+
+
+class StackFileLike(Protocol):
+    """The part of ``bids.StackFile`` that a report shows."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def plane(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def in_plane(self) -> tuple[float, float]: ...
+    @property
+    def spacing(self) -> float: ...
+    @property
+    def slice_thickness(self) -> float: ...
+    @property
+    def thickness_source(self) -> str: ...
+    @property
+    def mask(self) -> str | None: ...
+    @property
+    def uri(self) -> str: ...
+
+
+class ExcludedLike(Protocol):
+    """An image that was left out, and why."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class GroupLike(Protocol):
+    """The part of ``bids.Group`` that a report shows."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def session(self) -> str | None: ...
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def stacks(self) -> Sequence[StackFileLike]: ...
+    @property
+    def excluded(self) -> Sequence[ExcludedLike]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """One group of stacks, where its results lie, and how they were made.
+
+    Attributes
+    ----------
+    group
+        The group, as discovery made it.
+    prepared
+        Folder of ``Prepared.save``; ``None`` where that step never ended.
+    methods
+        Folder of each method: ``volume.nii.gz``, ``mask.nii.gz``, ``fit.json``,
+        ``model.safetensors``, ``quality.json``; any of them may be missing.
+    settings
+        The settings of the run.
+    provenance
+        ``versions`` {name: version}, ``device``, ``seconds`` {step: s},
+        ``command_line`` and whatever else is worth a row.
+    errors
+        One dictionary per failure: ``step``, ``message``, ``traceback``.
+    out_dir
+        The derivatives folder.
+    """
+
+    group: GroupLike
+    prepared: Path | None
+    methods: Mapping[str, Path]
+    settings: Settings
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    errors: Sequence[Mapping[str, str]] = ()
+    out_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method left in its folder.
+
+    ``volume`` is in the units of the reference stack, ``poses`` map each stack's
+    scanner coordinates into reference space (RAS+ mm).
+    """
+
+    name: str
+    folder: Path
+    volume: FloatImage | None = None
+    grid: Grid | None = None
+    mask: Mask | None = None
+    quality: dict[str, Any] = field(default_factory=dict)
+    poses: dict[str, RigidTransform] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    history: dict[str, list[float]] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Material:
+    """Everything that could be read of one group."""
+
+    inp: ReportInput
+    prepared: Prepared | None = None
+    methods: dict[str, MethodResult] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def reference(self) -> Stack | None:
+        """The stack whose scanner coordinates are reference space."""
+        return None if self.prepared is None else self.prepared.stacks[self.prepared.reference]
+
+    def problem(self, what: str, error: BaseException) -> None:
+        """Remember that ``what`` could not be shown."""
+        text = f"{what}: {type(error).__name__}: {error}"
+        LOG.warning("report of %s: %s", self.inp.group.name, text)
+        self.problems.append(text)
+
+
+def load(inp: ReportInput) -> Material:
+    """Read the working folder of a group; what fails is listed in ``problems``."""
+    material = Material(inp)
+    if inp.prepared is not None and Path(inp.prepared).exists():
+        try:
+            from ..reconstruction.prepare import Prepared
+
+            material.prepared = Prepared.load(Path(inp.prepared))
+        except Exception as error:  # whatever is wrong with it, the page must be built
+            material.problem("the prepared stacks cannot be read", error)
+    for name, folder in inp.methods.items():
+        try:
+            material.methods[name] = _method(name, Path(folder))
+        except Exception as error:
+            material.problem(f"the result of {name} cannot be read", error)
+    return material
+
+
+def _method(name: str, folder: Path) -> MethodResult:
+    volume, grid, mask = None, None, None
+    if (folder / "volume.nii.gz").exists():
+        volume, grid = read_image(folder / "volume.nii.gz")
+        mask = volume != 0
+        if (folder / "mask.nii.gz").exists():
+            mask = read_image(folder / "mask.nii.gz")[0] > 0.5
+    fit = _json(folder / "fit.json")
+    return MethodResult(
+        name=name,
+        folder=folder,
+        volume=volume,
+        grid=grid,
+        mask=mask,
+        quality=_json(folder / "quality.json"),
+        poses={k: RigidTransform(np.array(v)) for k, v in fit.get("poses", {}).items()},
+        gains={k: float(v) for k, v in fit.get("gains", {}).items()},
+        history=fit.get("history", {}),
+        info=fit.get("info", {}),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

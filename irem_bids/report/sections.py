@@ -1,0 +1,499 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fragments of HTML that nireports puts together, one per section and group.
+
+Values reach the page only through Jinja templates with autoescaping; a fragment is pure
+ASCII (other letters are character references), because nireports reads it in the locale's
+encoding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from . import methods, plots, summary
+from .figures import Figure
+from .material import Material
+
+TEMPLATES = Path(__file__).parent / "templates"
+# name, unit or form, definition
+METRICS: dict[str, tuple[str, str, str]] = {
+    "held_out_psnr": (
+        "Held-out PSNR (dB)",
+        ".2f",
+        "Peak signal-to-noise ratio of the prediction of voxels that were never trained on; "
+        "higher is better.",
+    ),
+    "held_out_ncc": (
+        "Held-out NCC",
+        ".4f",
+        "Normalised cross-correlation of those voxels with their prediction; 1 is perfect.",
+    ),
+    "snr_result": (
+        "SNR of the result",
+        ".1f",
+        "Mean of the foreground over the noise within it, estimated from its finest detail "
+        "(Immerkaer's mixed second difference); comparable between methods, not between scanners.",
+    ),
+    "ncc_before": (
+        "NCC before",
+        ".3f",
+        "Mean normalised cross-correlation of all pairs of stacks, placed by their headers.",
+    ),
+    "ncc_after": (
+        "NCC after",
+        ".3f",
+        "The same after registration.",
+    ),
+    "self_consistency": (
+        "Self-consistency (NCC)",
+        ".4f",
+        "Normalised cross-correlation of a stack with what the field predicts for it.",
+    ),
+    "snr": (
+        "SNR",
+        ".1f",
+        "Of a stack: mean of its foreground over the standard deviation of its noise within "
+        "slices, estimated from mixed second differences (Immerkaer 1996).",
+    ),
+    "gain": (
+        "Gain",
+        ".3f",
+        "Factor by which a stack is brighter than the field predicts, after all stacks were "
+        "scaled alike; 1 is no difference.",
+    ),
+    "noise": (
+        "Noise",
+        ".4f",
+        "Standard deviation of a stack's noise, in scaled intensity.",
+    ),
+}
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(TEMPLATES)),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def plain(value: Any) -> str:
+    """Any value as text that can be written in UTF-8."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{plain(k)}: {plain(v)}" for k, v in value.items())
+    return str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+def number(value: Any, form: str = ".3g") -> str:
+    """A number in ``form``; 'n/a' where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return "n/a" if value is None else plain(value)
+    return format(float(value), form) if np.isfinite(value) else "n/a"
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """Columns (title, kind: 'number', 'path', 'wide' or '') and rows for the templates."""
+    return {
+        "columns": [{"name": n, "number": k == "number", "kind": k} for n, k in columns],
+        "rows": [[plain(cell) for cell in row] for row in rows],
+    }
+
+
+class Page:
+    """The fragments of one group, with figures linked relative to ``root``."""
+
+    def __init__(
+        self,
+        material: Material,
+        figures: Sequence[Figure],
+        root: Path,
+        *,
+        alone: bool,
+        number_in_page: int,
+    ) -> None:
+        self.material = material
+        self.root = root
+        self.number = number_in_page
+        self.all = [(figure, self._figure(figure)) for figure in figures]
+        group = material.inp.group
+        self.group = {"name": plain(group.name), "show_name": not alone}
+        chosen = material.inp.settings.normalise
+        self.window = (
+            "black and white are the 0.5th and 99.5th percentiles of the foreground of all stacks "
+            "(black is zero where that is near)"
+        )
+        self.percentile = f"{chosen.intensity_percentile:g}"
+
+    def _figure(self, figure: Figure) -> dict[str, Any]:
+        relative = os.path.relpath(figure.path, self.root)
+        shown: dict[str, Any] = {
+            "url": quote(os.fsencode(relative)),
+            "width": 0,
+            "height": 0,
+            **{
+                k: plain(getattr(figure, k))
+                for k in ("alt", "caption", "stack", "method", "plane", "state")
+            },
+        }
+        if figure.path.suffix == ".png":
+            with Image.open(figure.path) as image:
+                shown["width"], shown["height"] = image.size
+        return shown
+
+    def select(self, section: str, **wanted: str) -> list[dict[str, Any]]:
+        """Figures of a section whose attributes are as ``wanted``."""
+        return [
+            shown
+            for figure, shown in self.all
+            if figure.section == section and all(getattr(figure, k) == v for k, v in wanted.items())
+        ]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write one fragment per section into ``folder``."""
+        environment = _environment()
+        written = []
+        for section, context in self.contexts().items():
+            html = environment.get_template(f"{section}.html").render(group=self.group, **context)
+            path = folder / f"sub-report_run-{self.number}_desc-{section}_T1w.html"
+            path.write_bytes(html.encode("ascii", "xmlcharrefreplace"))
+            written.append(path)
+        return written
+
+    def contexts(self) -> dict[str, dict[str, Any]]:
+        """What the template of each section gets."""
+        return {
+            "summary": self.summary(),
+            "inputs": self.inputs(),
+            "registration": self.registration(),
+            "reconstruction": self.reconstruction(),
+            "training": self.training(),
+            "metrics": self.metrics(),
+            "settings": self.settings(),
+            "provenance": self.provenance(),
+            "methods": self.methods(),
+            "errors": self.errors(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Verdict, reasons, and what was used."""
+        findings = summary.check(self.material)
+        group, inp = self.material.inp.group, self.material.inp
+        facts = [("Stacks", f"{len(group.stacks)} used, {len(group.excluded)} images left out")]
+        planes = [s.plane for s in group.stacks]
+        counts = [f"{planes.count(p)} {p}" for p in ("axial", "coronal", "sagittal") if p in planes]
+        if counts:
+            facts.append(("Orientations", ", ".join(counts)))
+        if self.material.reference is not None:
+            facts.append(("Reference stack", self.material.reference.label))
+        facts.append(("Methods", ", ".join(inp.methods) or "none"))
+        first = next((m for m in self.material.methods.values() if m.grid is not None), None)
+        if first is not None and first.grid is not None:
+            size = " × ".join(str(n) for n in first.grid.shape)
+            facts.append(("Result", f"{size} voxels of {first.grid.voxel_size[0]:.3g} mm"))
+        return {
+            "verdict": summary.verdict(findings),
+            "look": [f for f in findings if f.look],
+            "fine": [f for f in findings if not f.look],
+            "facts": [(name, plain(value)) for name, value in facts],
+        }
+
+    def inputs(self) -> dict[str, Any]:
+        """Stacks and excluded images."""
+        group = self.material.inp.group
+        masked: dict[str, str] = {}
+        if self.material.prepared is not None:
+            masked = self.material.prepared.metrics.get("masked", {})
+        words = {"given": "given", "otsu": "threshold"}
+        stacks = table(
+            (
+                ("Stack", ""),
+                ("Plane", ""),
+                ("Voxels", "number"),
+                ("In plane", "number"),
+                ("Spacing", "number"),
+                ("Thickness", "number"),
+                ("Thickness from", ""),
+                ("Mask", ""),
+                ("File", "path"),
+            ),
+            (
+                (
+                    s.label,
+                    s.plane,
+                    " × ".join(str(n) for n in s.shape),
+                    " × ".join(f"{v:.3g}" for v in s.in_plane),
+                    f"{s.spacing:.3g}",
+                    f"{s.slice_thickness:.3g}",
+                    s.thickness_source,
+                    words.get(masked.get(s.label, ""), "given" if s.mask else "threshold"),
+                    s.uri,
+                )
+                for s in group.stacks
+            ),
+        )
+        excluded = table(
+            (("Image", "path"), ("Reason", "wide")),
+            ((Path(e.path).name, e.reason) for e in group.excluded),
+        )
+        return {
+            "stacks": stacks,
+            "excluded": excluded,
+            "figures": self.select("inputs"),
+            "window": self.window,
+        }
+
+    def registration(self) -> dict[str, Any]:
+        """Agreement, poses, and the pictures before and after."""
+        prepared = self.material.prepared
+        metrics = {} if prepared is None else prepared.metrics
+        pairs = list(metrics.get("ncc_pairs", ()))
+        reference = next(iter(self.select("registration", state="reference")), None)
+        comparisons = []
+        for count, after in enumerate(self.select("registration", state="after")):
+            before = next(iter(self.select("registration", state="before", stack=after["stack"])))
+            both = {after["stack"], reference["stack"] if reference else ""}
+            pair = next((p for p in pairs if {p["a"], p["b"]} == both), None)
+            comparisons.append(
+                {
+                    "id": f"{self.number}-{count}",
+                    "stack": after["stack"],
+                    "before": before,
+                    "after": after,
+                    "ncc": pair and {k: number(pair[k], ".3f") for k in ("before", "after")},
+                }
+            )
+        return {
+            "summary": self._agreement(metrics),
+            "pairs": table(
+                (("Stacks", ""), ("Before", "number"), ("After", "number"), ("Change", "number")),
+                (
+                    (
+                        f"{p['a']} – {p['b']}",
+                        number(p["before"], ".3f"),
+                        number(p["after"], ".3f"),
+                        number(p["after"] - p["before"], "+.3f"),
+                    )
+                    for p in pairs
+                ),
+            ),
+            "poses": self._poses(),
+            "plots": self.select("poses"),
+            "reference": reference,
+            "comparisons": comparisons if reference else [],
+            "window": self.window,
+        }
+
+    def _agreement(self, metrics: Mapping[str, Any]) -> str:
+        if self.material.prepared is None or metrics.get("ncc_after") is None:
+            return ""
+        return (
+            f"Mean NCC over all pairs: {number(metrics.get('ncc_before'), '.3f')} before and "
+            f"{number(metrics['ncc_after'], '.3f')} after registration."
+        )
+
+    def _poses(self) -> dict[str, Any]:
+        prepared = self.material.prepared
+        columns = (
+            ("Stack", ""),
+            ("Estimated by", ""),
+            ("Shift (mm)", "number"),
+            ("R-L", "number"),
+            ("A-P", "number"),
+            ("S-I", "number"),
+            ("Turn (°)", "number"),
+            ("about R-L", "number"),
+            ("about A-P", "number"),
+            ("about S-I", "number"),
+        )
+        rows: list[tuple[Any, ...]] = []
+        if prepared is not None:
+            sets = [
+                (
+                    "registration",
+                    dict(zip((s.label for s in prepared.stacks), prepared.poses, strict=True)),
+                )
+            ]
+            sets += [(r.name, r.poses) for r in self.material.methods.values() if r.poses]
+            for stack in prepared.stacks:
+                for name, poses in sets:
+                    if stack.label in poses:
+                        turn, shift = plots.pose_table([stack], [poses[stack.label]])
+                        rows.append(
+                            (
+                                stack.label,
+                                name,
+                                f"{np.linalg.norm(shift):.2f}",
+                                *(f"{v:.2f}" for v in shift[0]),
+                                f"{np.linalg.norm(turn):.2f}",
+                                *(f"{v:.2f}" for v in turn[0]),
+                            )
+                        )
+        return table(columns, rows)
+
+    def reconstruction(self) -> dict[str, Any]:
+        """Stacks and methods at one position, and sections through each result."""
+        found = [
+            (p, self.select("reconstruction", plane=p)) for p in ("axial", "coronal", "sagittal")
+        ]
+        return {
+            "planes": [(plane, figures) for plane, figures in found if figures],
+            "mosaics": self.select("mosaic"),
+            "window": self.window,
+        }
+
+    def training(self) -> dict[str, Any]:
+        """Curves, and predicted slices."""
+        by_method = [(m, self.select("residual", method=m)) for m in self.material.methods]
+        return {
+            "curves": self.select("training"),
+            "residuals": [(plain(m), figures) for m, figures in by_method if figures],
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of methods and stacks, with what they mean."""
+        results = self.material.methods
+        metrics = {} if self.material.prepared is None else self.material.prepared.metrics
+        shared = set(metrics) | {"ncc_pairs"}
+        names = list(
+            dict.fromkeys(
+                key
+                for r in results.values()
+                for key, value in r.quality.items()
+                if isinstance(value, (int, float)) and key not in shared
+            )
+        )
+        used = [n for n in names if n in METRICS]
+        methods_table = table(
+            (
+                ("Method", ""),
+                *((METRICS[n][0] if n in METRICS else n, "number") for n in names),
+                ("Seconds", "number"),
+            ),
+            (
+                (
+                    r.name,
+                    *(number(r.quality.get(n), METRICS.get(n, ("", ".4g", ""))[1]) for n in names),
+                    number(_seconds(r.folder, r.info), ".1f"),
+                )
+                for r in results.values()
+                if r.quality or r.info
+            ),
+        )
+        stacks, per_stack = self._per_stack(metrics)
+        return {
+            "methods": methods_table,
+            "stacks": stacks,
+            "definitions": [
+                (METRICS[n][0], METRICS[n][2]) for n in dict.fromkeys([*used, *per_stack])
+            ],
+        }
+
+    def _per_stack(self, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        columns: list[tuple[str, str, dict[str, Any]]] = []
+        for name in ("snr", "noise"):
+            if metrics.get(name):
+                columns.append((name, METRICS[name][0], metrics[name]))
+        for result in self.material.methods.values():
+            consistency = result.quality.get("self_consistency")
+            if isinstance(consistency, Mapping):
+                title = f"{METRICS['self_consistency'][0]}, {result.name}"
+                columns.append(("self_consistency", title, dict(consistency)))
+            if result.gains:
+                columns.append(("gain", f"Gain, {result.name}", result.gains))
+        labels = list(dict.fromkeys(label for _, _, values in columns for label in values))
+        rows = (
+            (label, *(number(values.get(label), METRICS[name][1]) for name, _, values in columns))
+            for label in labels
+        )
+        head = (("Stack", ""), *((title, "number") for _, title, _ in columns))
+        return table(head, rows), [name for name, _, _ in columns]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as TOML."""
+        from ..config import settings_to_toml
+
+        return {"toml": plain(settings_to_toml(self.material.inp.settings))}
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, device, seconds and what else the run says of itself."""
+        known = dict(self.material.inp.provenance)
+        seconds = dict(known.pop("seconds", {}) or {})
+        versions = dict(known.pop("versions", {}) or {})
+        devices = [known.pop("device")] if known.get("device") else []
+        for folder, name in [
+            (self.material.inp.prepared, ""),
+            *((r.folder, r.name) for r in self.material.methods.values()),
+        ]:
+            step = _step(folder)
+            devices += [step["device"]] if step.get("device") else []
+            for what, value in (step.get("seconds") or {}).items():
+                seconds.setdefault(f"{what} {name}".strip(), value)
+        facts = [("Device", ", ".join(dict.fromkeys(plain(d) for d in devices)))] if devices else []
+        facts += [
+            (plain(name).replace("_", " ").capitalize(), plain(value))
+            for name, value in known.items()
+            if value not in (None, "", [], {})
+        ]
+        return {
+            "facts": facts,
+            "seconds": table(
+                (("Step", ""), ("Seconds", "number")),
+                ((k, number(v, ".1f")) for k, v in seconds.items()),
+            ),
+            "versions": table((("Package", ""), ("Version", "")), versions.items()),
+        }
+
+    def methods(self) -> dict[str, Any]:
+        """Methods text and its bibliography."""
+        inp, prepared = self.material.inp, self.material.prepared
+        text = methods.methods_text(
+            inp.settings,
+            groups=[inp.group],
+            methods=[name for name, r in self.material.methods.items() if r.volume is not None],
+            versions=inp.provenance.get("versions") or {},
+            metrics=None if prepared is None else prepared.metrics,
+        )
+        return {
+            "paragraphs": [part for part in text.split("\n\n") if part.strip()],
+            "markdown": text,
+            "bibtex": methods.bibliography(text),
+        }
+
+    def errors(self) -> dict[str, Any]:
+        """What failed, with its crash text."""
+        return {
+            "errors": [
+                {key: plain(error.get(key) or "") for key in ("step", "message", "traceback")}
+                for error in self.material.inp.errors
+            ],
+            "problems": [plain(text) for text in self.material.problems],
+        }
+
+
+def _step(folder: Path | None) -> dict[str, Any]:
+    if folder is None or not (Path(folder) / "step.json").exists():
+        return {}
+    return dict(json.loads((Path(folder) / "step.json").read_text(encoding="utf-8")))
+
+
+def _seconds(folder: Path, info: Mapping[str, Any]) -> float | None:
+    times = _step(folder).get("seconds")
+    if times:
+        return float(sum(times.values()))
+    value = info.get("seconds")
+    return float(value) if isinstance(value, (int, float)) else None
