@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from .draws import Damage, StackDraw, draw
 from .geometry import FloatArray, Grid, RigidTransform
-from .protocol import PROFILES, Damage, Protocol, SimulationError, StackDraw, draw
+from .protocol import PROFILES, Protocol, SimulationError
 from .spline import PAD, Spline
 from .stack import Stack
 

@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from .draws import StackDraw
 from .geometry import Grid, RigidTransform
 from .metrics import head_mask
-from .protocol import Protocol, StackDraw
+from .protocol import Protocol
 from .simulate import SimulatedStack
 from .stack import read_image, write_image
 
