@@ -130,6 +130,13 @@ def image_path(group: Group, method: str) -> str:
     return relative_path(group, desc=method, suffix=group.suffix, extension=".nii.gz")
 
 
+def registered_path(group: Group, label: str) -> str:
+    """Path of a registered stack below the output folder."""
+    return relative_path(
+        group, acquisition=label, desc="registered", suffix=group.suffix, extension=".nii.gz"
+    )
+
+
 def sidecar_path(group: Group, method: str) -> str:
     """Path of the reconstruction's sidecar below the output folder."""
     return relative_path(group, desc=method, suffix=group.suffix, extension=".json")
@@ -264,8 +271,8 @@ def _describe_image(folder: Path) -> tuple[list[int], list[float], bool]:
     import nibabel as nib
     import numpy as np
 
-    image = nib.load(folder / "volume.nii.gz")
-    mask = np.asanyarray(nib.load(folder / "mask.nii.gz").dataobj) > 0
+    image = nib.nifti1.load(folder / "volume.nii.gz")
+    mask = np.asanyarray(nib.nifti1.load(folder / "mask.nii.gz").dataobj) > 0
     outside = np.asanyarray(image.dataobj)[~mask]
     sizes = [round(float(size), 6) for size in nib.affines.voxel_sizes(image.affine)]
     return [int(n) for n in image.shape], sizes, bool(outside.size) and not outside.any()
@@ -298,7 +305,7 @@ def _mask_product(result: Result) -> Product:
     group = result.group
     given = [stack.mask_uri for stack in group.stacks if stack.mask_uri]
     sidecar: dict[str, Any] = {
-        "Type": "Brain" if given else "Head",
+        "Type": "Brain" if given else "ROI",
         "Sources": given or [stack.uri for stack in group.stacks],
     }
     if "space" in contrast_entity(group, "mask"):
@@ -364,13 +371,13 @@ def _quality_files(method: str, sidecar: dict[str, Any], group: Group, made: Pat
         "device": sidecar["Device"],
         "version": sidecar["IremBids"]["Version"],
     }
-    entities = {"suffix": "qc", "desc": method}
+    files = {
+        ".json": write_json(made / f"{method}_qc.json", content),
+        ".tsv": write_text(made / f"{method}_qc.tsv", table_text([row])),
+    }
     return [
-        Product(write_json(made / f"{method}_qc.json", content), {**entities, "extension": ".json"}),
-        Product(
-            write_text(made / f"{method}_qc.tsv", table_text([row])),
-            {**entities, "extension": ".tsv"},
-        ),
+        Product(path, {"suffix": "qc", "desc": method, "extension": extension})
+        for extension, path in files.items()
     ]
 
 

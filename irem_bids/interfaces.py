@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 import traceback as tracebacks
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from . import completion, derivatives
+from . import completion, derivatives, log
 from .settings import Settings
 
 FAILURE_FILE = "failure.json"
-LOG = logging.getLogger("irem_bids")
+LOG = logging.getLogger(log.PACKAGE)
 
 
 class Step(SimpleInterface):
@@ -38,6 +37,8 @@ class Step(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         folder = Path(runtime.cwd)
+        if not LOG.handlers:  # a worker
+            log.configure()
         try:
             self._work(folder)
         except Exception as error:
@@ -78,19 +79,6 @@ def set_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
-
-
-def logged_progress(name: str) -> Callable[[float, str], None]:
-    """A progress callback that logs each tenth of the way."""
-    last = [-1]
-
-    def report(fraction: float, message: str) -> None:
-        tenth = int(fraction * 10)
-        if tenth != last[0]:
-            last[0] = tenth
-            LOG.info("%s: %d %% %s", name, round(100 * fraction), message)
-
-    return report
 
 
 # ---------------------------------------------------------------- normalise, paper 2.1
@@ -183,7 +171,11 @@ class Optimise(Step):
         checkpoint.mkdir(parents=True, exist_ok=True)
         target = folder / "model"
         target.mkdir(exist_ok=True)
-        with claimed_device(self.inputs.devices, checkpoint.parent / "locks") as device:
+        name = f"{folder.parent.name.removesuffix('_wf')} {method}"
+        with (
+            claimed_device(self.inputs.devices, checkpoint.parent / "locks") as device,
+            log.Progress(name) as progress,
+        ):
             started = time.monotonic()
             result = fit(
                 method,
@@ -192,7 +184,7 @@ class Optimise(Step):
                 settings,
                 device=device,
                 checkpoint=checkpoint,
-                progress=logged_progress(f"{folder.parent.name} {method}"),
+                progress=progress,
             )
             result.save(target)
         seconds = round(time.monotonic() - started, 2)
@@ -324,4 +316,5 @@ class Save(Step):
 
     def _work(self, folder: Path) -> None:
         files = derivatives.save(result_of(self.inputs), Path(self.inputs.output_dir))
+        (folder / "saved.txt").write_text(str(self.inputs.provenance.get("run", "")))
         self._results["files"] = [str(path) for path in files]

@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run over all groups: which need work, the graph, what became of each."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__, completion, dataset, derivatives
+from .bids import Discovery, Group, dataset_links
+from .config import settings_to_toml
+from .exitcodes import ExitCode, UserError
+from .resources import Resources, resolve
+from .settings import Settings
+
+LOG = logging.getLogger("irem_bids")
+PACKAGES = (
+    "torch", "nipype", "pybids", "niworkflows", "nireports", "nilearn", "nibabel", "SimpleITK",
+    "numpy", "scipy", "pandas",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a group: ``done``, ``skipped`` or ``failed``, and why."""
+
+    name: str
+    status: str
+    cause: str = ""
+    code: int = int(ExitCode.SUCCESS)
+    errors: tuple[dict[str, Any], ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the app.
+
+    ``name`` is the start of its file names in ``logs/``.
+    """
+
+    bids_dir: Path
+    output_dir: Path
+    work_dir: Path
+    settings: Settings
+    name: str
+    provenance: dict[str, Any]
+
+    @property
+    def logs(self) -> Path:
+        """Folder of logs."""
+        return self.output_dir / "logs"
+
+
+# ------------------------------------------------------------------------- the run
+def run_cohort(
+    discovery: Discovery,
+    bids_dir: str | Path,
+    output_dir: str | Path,
+    settings: Settings,
+    *,
+    reports_only: bool = False,
+) -> ExitCode:
+    """Reconstruct every group that is not finished yet; one that fails stops no other.
+
+    Raises
+    ------
+    UserError
+        A folder cannot be made (73), a GPU is asked for and absent (75).
+    """
+    resources = resolve(settings.run)
+    run = open_run(bids_dir, output_dir, settings)
+    dataset.write_dataset_files(run.output_dir, dataset_links(bids_dir, settings))
+    derivatives.write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
+    if reports_only:
+        outcomes = [_report_again(group, run) for group in discovery.groups]
+        return close_run(outcomes, run)
+    todo = []
+    outcomes = []
+    for group in discovery.groups:
+        if not settings.run.force and is_finished(group, run.output_dir, settings):
+            outcomes.append(Outcome(group.name, "skipped", "finished before; --force repeats it"))
+        else:
+            todo.append(group)
+    if todo:
+        outcomes += run_groups(todo, run, resources)
+    code = close_run(outcomes, run)
+    if settings.run.clean_workdir and code is ExitCode.SUCCESS:
+        clean_work(discovery.groups, run)
+    return code
+
+
+def open_run(bids_dir: str | Path, output_dir: str | Path, settings: Settings) -> Run:
+    """Make the folders of a run and its name."""
+    output = Path(output_dir).resolve()
+    work = Path(settings.run.work_dir or output.parent / "irem-bids-work").resolve()
+    for folder, what in ((output, "output"), (work, "work")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".irem-bids-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the {what} folder {folder}: {error.strerror or error}; "
+                f"choose another one{' with --work-dir' if what == 'work' else ''}",
+                ExitCode.CANNOT_CREATE,
+            ) from error
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{now}_{uuid.uuid4().hex[:8]}"
+    return Run(Path(bids_dir).resolve(), output, work, settings, name, provenance(name))
+
+
+def provenance(name: str) -> dict[str, Any]:
+    """Versions, command line and name of a run."""
+    versions = {"irem-bids": __version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"run": name, "versions": versions, "command_line": command}
+
+
+def is_finished(group: Group, output_dir: Path, settings: Settings) -> bool:
+    """Every file asked for is there, made of these inputs with these settings."""
+    recorded = {m: derivatives.completed_key(output_dir, group, m) for m in settings.output.method}
+    if not all(recorded.values()) or not page_path(group, output_dir).is_file():
+        return False
+    for method in settings.output.method:
+        if settings.output.model_out and not (
+            output_dir
+            / derivatives.relative_path(
+                group, suffix="model", desc=method, extension=".safetensors"
+            )
+        ).is_file():
+            return False
+    if settings.output.save_registered and not all(
+        (output_dir / derivatives.registered_path(group, stack.label)).is_file()
+        for stack in group.stacks
+    ):
+        return False
+    try:
+        inputs = completion.inputs_key(group.to_dict(), completion.normalise_settings(settings))
+    except OSError:
+        return False
+    return all(
+        key == completion.method_key(inputs, method, completion.method_settings(settings, method))
+        for method, key in recorded.items()
+    )
+
+
+def page_path(group: Group, output_dir: Path) -> Path:
+    """The HTML page of a group's participant and session."""
+    session = f"_ses-{group.session}" if group.session else ""
+    return output_dir / f"sub-{group.subject}{session}.html"
+
+
+# ----------------------------------------------------------------------- the graph
+def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[Outcome]:
+    """Build the graph, run it, and say what became of each group."""
+    environment(run, resources)
+    from .workflow import Place, init_cohort_wf
+
+    quieten_nipype()
+
+    place = Place(run.output_dir, run.work_dir, resources, run.provenance)
+    for group in groups:
+        folder = place.group_folder(group)
+        if run.settings.run.force:
+            shutil.rmtree(folder, ignore_errors=True)
+            (place.reports / f"{group.name}.json").unlink(missing_ok=True)
+        for failure in folder.glob("*/failure.json"):
+            failure.unlink()
+    if run.settings.run.force:
+        shutil.rmtree(place.checkpoints, ignore_errors=True)
+    cohort_wf = init_cohort_wf(groups=groups, settings=run.settings, place=place)
+    crashes = run.work_dir / "crashes" / run.name
+    configure(cohort_wf, run, crashes)
+    plugin, arguments = choose_plugin(len(groups), run.settings, resources)
+    LOG.info(
+        "%d group(s), %d processor(s), %d thread(s) a step, %.1f GB, %s, plugin %s",
+        len(groups), resources.nprocs, resources.threads, resources.memory_gb,
+        " ".join(resources.devices), plugin,
+    )  # fmt: skip
+    fault: BaseException | None = None
+    try:
+        cohort_wf.run(plugin=start_plugin(plugin, arguments), plugin_args=arguments)
+    except Exception as error:
+        fault = error
+        LOG.debug("the graph ended with an error", exc_info=True)
+    outcomes = [outcome_of(group, place, fault) for group in groups]
+    keep_crashes(crashes, outcomes, run)
+    for group, outcome in zip(groups, outcomes, strict=True):
+        if outcome.status == "failed":
+            report_failure(group, outcome, place, run.settings)
+    return outcomes
+
+
+def environment(run: Run, resources: Resources) -> None:
+    """Variables that workers inherit: threads, no network, a home that can be written."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(resources.threads)
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(resources.threads)
+    level = "INFO" if LOG.isEnabledFor(logging.DEBUG) else "CRITICAL"
+    names = ("workflow", "interface", "utils")
+    config = "\n".join(["[logging]", *(f"{name}_level = {level}" for name in names)])
+    derivatives.write_text(run.work_dir / "nipype" / "nipype.cfg", config + "\n")
+    os.environ["NIPYPE_CONFIG_DIR"] = str(run.work_dir / "nipype")
+    os.environ["NIPYPE_NO_ET"] = "1"
+    os.environ["NO_ET"] = "1"
+    os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("MPLCONFIGDIR", str(run.work_dir / "matplotlib"))
+    derivatives.templateflow_stub(run.work_dir / "templateflow")
+
+
+def quieten_nipype() -> None:
+    """Leave failures to this app's own table, also where nipype was imported before."""
+    level = logging.INFO if LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL
+    for name in ("nipype", "nipype.workflow", "nipype.interface", "nipype.utils"):
+        logging.getLogger(name).setLevel(level)
+
+
+def configure(cohort_wf: Any, run: Run, crashes: Path) -> None:
+    """nipype's settings, carried by the graph so that workers have them, too."""
+    stop = str(run.settings.run.stop_on_first_crash).lower()
+    cohort_wf.config["execution"] = {
+        "crashdump_dir": str(crashes),
+        "crashfile_format": "txt",
+        "hash_method": "content",
+        "stop_on_first_crash": stop,
+        "remove_unnecessary_outputs": "false",
+        "poll_sleep_duration": "0.2",
+        "check_version": "false",
+        "create_report": "false",
+    }
+    cohort_wf.config["monitoring"] = {"enabled": "false"}
+
+
+def choose_plugin(
+    count: int, settings: Settings, resources: Resources
+) -> tuple[str, dict[str, Any]]:
+    """nipype's plugin and its arguments.
+
+    One process does where two steps cannot run side by side; starting workers takes
+    seconds.
+    """
+    if settings.run.use_plugin:
+        return read_plugin(settings.run.use_plugin)
+    chains = count * len(settings.output.method)
+    if chains == 1 or resources.nprocs < 2 * resources.threads:
+        return "Linear", {}
+    return "MultiProc", {
+        "n_procs": resources.nprocs,
+        "memory_gb": resources.memory_gb,
+        "n_gpu_procs": len(resources.devices) if resources.gpu else 0,
+        "raise_insufficient": True,
+        "mp_context": "forkserver",
+    }
+
+
+def start_plugin(name: str, arguments: dict[str, Any]) -> Any:
+    """nipype's plugin by its name; our own in the place of MultiProc."""
+    if name != "MultiProc":
+        return name
+    from .plugin import SturdyMultiProc
+
+    return SturdyMultiProc(plugin_args=arguments)
+
+
+def read_plugin(path: str) -> tuple[str, dict[str, Any]]:
+    """A YAML file with ``plugin`` and ``plugin_args``.
+
+    Raises
+    ------
+    UserError
+        The file is missing (66) or has no plugin (64).
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(
+            f"--use-plugin {path}: cannot be read ({error.strerror})", ExitCode.NO_INPUT
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--use-plugin {path}: not YAML: {error}", ExitCode.USAGE) from error
+    if not isinstance(content, dict) or not isinstance(content.get("plugin"), str):
+        raise UserError(
+            f"--use-plugin {path}: expected a line 'plugin: NAME' and, if need be, 'plugin_args:'",
+            ExitCode.USAGE,
+        )
+    return content["plugin"], dict(content.get("plugin_args") or {})
+
+
+# ------------------------------------------------------------------- what came of it
+def outcome_of(group: Group, place: Any, fault: BaseException | None) -> Outcome:
+    """Done if its last step left a result in this run, else failed with the first cause."""
+    folder = place.group_folder(group)
+    failures = [json.loads(p.read_text()) for p in sorted(folder.glob("*/failure.json"))]
+    if failures:
+        first = failures[0]
+        cause = f"{first['step']}: {first['message']}"
+        codes = {failure["code"] for failure in failures}
+        code = codes.pop() if len(codes) == 1 else int(ExitCode.FAILURE)
+        return Outcome(group.name, "failed", cause, code, tuple(failures))
+    if saved_in(folder, place.provenance["run"]):
+        return Outcome(group.name, "done")
+    if fault is None:
+        cause = "not finished: the plugin returned before it had run (an asynchronous plugin?)"
+    else:
+        words = str(fault).strip().splitlines() or [type(fault).__name__]
+        cause = f"a step ended without a message (killed? out of memory?): {words[-1]}"
+    error = {"step": "run", "message": cause, "traceback": ""}
+    return Outcome(group.name, "failed", cause, int(ExitCode.FAILURE), (error,))
+
+
+def saved_in(folder: Path, run_name: str) -> bool:
+    """The step 'save' has ended in the run of this name."""
+    try:
+        return (folder / "save" / "saved.txt").read_text() == run_name
+    except OSError:
+        return False
+
+
+def report_failure(group: Group, outcome: Outcome, place: Any, settings: Settings) -> None:
+    """A page for a group that failed: what there is, and the errors."""
+    from . import pages
+
+    folder = place.group_folder(group)
+    methods = {
+        method: folder / f"reconstruct_{method}" / "result" for method in settings.output.method
+    }
+    result = derivatives.Result(
+        group=group,
+        prepared=folder / "normalise" / "prepared",
+        methods={method: path for method, path in methods.items() if path.is_dir()},
+        settings=settings,
+        provenance=place.provenance,
+    )
+    try:
+        pages.remember(result, place.reports, outcome.errors)
+        pages.write_page(group, place.reports, place.output_dir)
+    except Exception as error:  # the failure itself must still be told
+        LOG.warning("%s: no report of the failure: %s", group.name, error)
+
+
+def _report_again(group: Group, run: Run) -> Outcome:
+    """Make a page anew from the work folder."""
+    from . import pages
+
+    reports = run.work_dir / "reports"
+    if not (reports / f"{group.name}.json").is_file():
+        cause = f"--reports-only: nothing of it in the work folder {run.work_dir}"
+        return Outcome(group.name, "failed", cause, int(ExitCode.NO_INPUT))
+    derivatives.templateflow_stub(run.work_dir / "templateflow")
+    try:
+        pages.write_page(group, reports, run.output_dir)
+    except Exception as error:
+        LOG.exception("%s: the report failed", group.name)
+        return Outcome(group.name, "failed", f"report: {error}", int(ExitCode.FAILURE))
+    return Outcome(group.name, "done", "report")
+
+
+def keep_crashes(crashes: Path, outcomes: Sequence[Outcome], run: Run) -> None:
+    """Copy crash texts to the logs, whole or not at all."""
+    for number, crash in enumerate(sorted(crashes.glob("crash-*.txt")), start=1):
+        text = crash.read_text(errors="replace")
+        derivatives.write_text(run.logs / f"{run.name}_crash-{number}.txt", text)
+
+
+def close_run(outcomes: Sequence[Outcome], run: Run) -> ExitCode:
+    """Write the table of groups to the log and the logs folder; returns the exit code."""
+    rows = [
+        {"group": o.name, "status": o.status, "code": o.code, "cause": o.cause} for o in outcomes
+    ]
+    if rows:
+        derivatives.write_text(run.logs / f"{run.name}_groups.tsv", derivatives.table_text(rows))
+    write_citation(run)
+    width = max((len(o.name) for o in outcomes), default=0)
+    for outcome in outcomes:
+        level = logging.ERROR if outcome.status == "failed" else logging.INFO
+        text = f"{outcome.name:<{width}}  {outcome.status:<7}  {outcome.cause}".rstrip()
+        LOG.log(level, "%s", text)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    counts = ", ".join(
+        f"{sum(o.status == status for o in outcomes)} {status}"
+        for status in ("done", "skipped", "failed")
+    )
+    LOG.info("%s; output in %s", counts, run.output_dir)
+    if not failed:
+        return ExitCode.SUCCESS
+    codes = {outcome.code for outcome in failed}
+    if len(codes) == 1 and len(failed) == len(outcomes):
+        return ExitCode(codes.pop())
+    return ExitCode.FAILURE
+
+
+def write_citation(run: Run) -> None:
+    """Methods text with citations for the settings of this run."""
+    from .report.methods import methods_text, write_citation
+
+    write_citation(run.logs, methods_text(run.settings, versions=run.provenance["versions"]))
+
+
+def clean_work(groups: Sequence[Group], run: Run) -> None:
+    """Remove what this dataset's groups left in the work folder."""
+    from .workflow import Place
+
+    place = Place(run.output_dir, run.work_dir, Resources(1, 1, 1.0, ("cpu",)), {})
+    for group in groups:
+        shutil.rmtree(place.group_folder(group), ignore_errors=True)
+        (place.reports / f"{group.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(run.work_dir / "crashes", ignore_errors=True)
+    for folder in (place.group_folder(g).parent for g in groups[:1]):
+        for leftover in folder.glob("*.json"):
+            leftover.unlink(missing_ok=True)
+    for name in ("irem_bids_wf", "checkpoints/locks", "checkpoints", "reports"):
+        if (run.work_dir / name).is_dir() and not any((run.work_dir / name).iterdir()):
+            (run.work_dir / name).rmdir()
+
+
+# --------------------------------------------------------------------- group level
+def run_group(output_dir: str | Path, settings: Settings) -> ExitCode:
+    """Collect the metrics of all participants in ``group_<contrast>.tsv``.
+
+    Raises
+    ------
+    UserError
+        There are no metrics below the output folder (66).
+    """
+    output = Path(output_dir).resolve()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(output.glob("sub-*/**/*_qc.json")):
+        try:
+            content = json.loads(path.read_text())
+            row = {key: content[key] for key in ("participant_id", "session_id", "suffix")}
+            row |= {"entities": _joined(content["entities"]), "method": content["method"]}
+            row |= {"stacks": content["stacks"], **derivatives.flatten(content["metrics"])}
+        except (ValueError, KeyError, TypeError) as error:
+            LOG.warning("%s: not metrics of this app (%s)", path.name, error)
+            continue
+        rows.setdefault(row["suffix"], []).append(row)
+    if not rows:
+        raise UserError(
+            f"{output}: no sub-*/**/*_qc.json; run the level 'participant' first",
+            ExitCode.NO_INPUT,
+        )
+    for suffix, table in rows.items():
+        columns = list(dict.fromkeys(key for row in table for key in row))
+        described = {column: {"Description": describe_column(column)} for column in columns}
+        derivatives.write_text(output / f"group_{suffix}.tsv", derivatives.table_text(table))
+        derivatives.write_json(output / f"group_{suffix}.json", described)
+        LOG.info("group_%s.tsv: %d rows", suffix, len(table))
+    return ExitCode.SUCCESS
+
+
+def _joined(entities: dict[str, str]) -> str:
+    return "_".join(f"{key}-{value}" for key, value in entities.items()) or "n/a"
+
+
+COLUMNS = {
+    "participant_id": "Participant, with the prefix sub-",
+    "session_id": "Session, with the prefix ses-",
+    "suffix": "Contrast",
+    "entities": "Entities that keep groups of this contrast apart",
+    "method": "Reconstruction method",
+    "stacks": "Number of stacks used",
+    "held_out_psnr": "Peak signal-to-noise ratio of the prediction of held-out voxels, dB",
+    "held_out_ncc": "Normalised cross-correlation of predicted and measured held-out voxels",
+    "ncc_before": "Mean normalised cross-correlation of pairs of stacks before registration",
+    "ncc_after": "Mean normalised cross-correlation of pairs of stacks after registration",
+    "snr_result": "Signal-to-noise ratio of the reconstruction",
+}
+PREFIXES = {
+    "self_consistency_": "Normalised cross-correlation of a stack and its prediction: ",
+    "snr_": "Signal-to-noise ratio of a stack: ",
+    "noise_": "Standard deviation of the noise within slices, scaled intensity, of a stack: ",
+    "masked_": "Origin of the mask of a stack: ",
+    "gains_": "Gain of a stack: ",
+}
+
+
+def describe_column(name: str) -> str:
+    """What a column of the group table means."""
+    if name in COLUMNS:
+        return COLUMNS[name]
+    for prefix, words in PREFIXES.items():
+        if name.startswith(prefix):
+            return words + name.removeprefix(prefix)
+    return name.replace("_", " ")

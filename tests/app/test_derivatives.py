@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, sidecars and atomic writing of derivatives, judged by the real validator."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from irem_bids import dataset, derivatives
+from irem_bids.bids import Group
+from irem_bids.reconstruction.geometry import RigidTransform
+from irem_bids.settings import Settings
+
+from . import report_material
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> derivatives.Result:
+    """A group with two methods whose steps have run."""
+    inp = report_material.make_input(tmp_path / "work")
+    prepared = report_material.prepared()
+    step = {
+        "seconds": {"normalise": 1.5},
+        "reference": "axial1",
+        "poses": {
+            stack.label: pose.matrix.tolist()
+            for stack, pose in zip(prepared.stacks, prepared.poses, strict=True)
+        },
+        "metrics": prepared.metrics,
+    }
+    derivatives.write_json(tmp_path / "work" / "prepared" / "step.json", step)
+    fit = json.loads((inp.methods["irem"] / "fit.json").read_text())
+    moved = RigidTransform.from_vector([0, 0, 0, 0.5, 0, 0])
+    fit["poses"]["coronal1"] = (moved @ RigidTransform(fit["poses"]["coronal1"])).matrix.tolist()
+    derivatives.write_json(inp.methods["irem"] / "fit.json", fit)
+    return derivatives.Result(
+        inp.group,
+        tmp_path / "work" / "prepared",
+        dict(inp.methods),
+        inp.settings,
+        {"irem": "a" * 64, "bspline": "b" * 64},
+        {"versions": {"irem-bids": "0.1.0"}, "run": "test"},
+    )
+
+
+def validate(folder: Path) -> list[str]:
+    """Errors that the real validator reports."""
+    tool = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
+    done = subprocess.run(
+        [str(tool), str(folder), "--json"], capture_output=True, text=True, check=False
+    )
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    return [f"{i['code']} {i.get('location')}" for i in issues if i["severity"] == "error"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_names_of_all_files(result: derivatives.Result, tmp_path: Path) -> None:
+    settings = result.settings.updated({"output": {"save_registered": True, "model_out": True}})
+    model = result.methods["irem"] / "model.safetensors"
+    model.write_bytes(b"field")
+    derivatives.save(replace(result, settings=settings), tmp_path / "out")
+    anat = "sub-01/anat/sub-01_"
+    assert names(tmp_path / "out") == sorted(
+        f"{anat}{name}"
+        for name in (
+            "acq-axial1_desc-registered_T1w.json",
+            "acq-axial1_desc-registered_T1w.nii.gz",
+            "acq-coronal1_desc-registered_T1w.json",
+            "acq-coronal1_desc-registered_T1w.nii.gz",
+            "acq-sagittal1_desc-registered_T1w.json",
+            "acq-sagittal1_desc-registered_T1w.nii.gz",
+            "desc-bspline_T1w.json",
+            "desc-bspline_T1w.nii.gz",
+            "desc-bspline_qc.json",
+            "desc-bspline_qc.tsv",
+            "desc-head_mask.json",
+            "desc-head_mask.nii.gz",
+            "desc-irem_T1w.json",
+            "desc-irem_T1w.nii.gz",
+            "desc-irem_model.safetensors",
+            "desc-irem_qc.json",
+            "desc-irem_qc.tsv",
+            "from-coronal1_to-axial1_mode-image_desc-irem_xfm.txt",
+            "from-coronal1_to-axial1_mode-image_xfm.txt",
+            "from-sagittal1_to-axial1_mode-image_desc-irem_xfm.txt",
+            "from-sagittal1_to-axial1_mode-image_xfm.txt",
+        )
+    )
+
+
+def test_validator_reports_no_error(result: derivatives.Result, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = result.settings.updated({"output": {"save_registered": True, "model_out": True}})
+    (result.methods["irem"] / "model.safetensors").write_bytes(b"field")
+    links = {"raw": tmp_path.as_uri(), "masks": tmp_path.as_uri()}
+    dataset.write_dataset_files(out, links)
+    for group in (
+        result.group,
+        replace(result.group, session="1", suffix="T2w", entities={"ce": "gd", "echo": "1"}),
+        masked(replace(result.group, session="2", suffix="FLAIR", entities={"part": "mag"})),
+    ):
+        derivatives.save(replace(result, group=group, settings=settings), out)
+    for name in ("sub-01.html", "group_T1w.tsv", "group_T1w.json", "logs/a.toml"):
+        derivatives.write_text(out / name, "{}\n")
+    derivatives.write_text(out / "sub-01/figures/sub-01_desc-training_T1w.svg", "<svg/>")
+    assert validate(out) == []
+    assert (out / "sub-01/ses-2/anat").is_dir()
+
+
+def test_validator_is_heard(result: derivatives.Result, tmp_path: Path) -> None:
+    """The check above can fail: without its sidecar an image is an error."""
+    out = tmp_path / "out"
+    dataset.write_dataset_files(out, {"raw": tmp_path.as_uri()})
+    derivatives.save(result, out)
+    (out / derivatives.sidecar_path(result.group, "irem")).unlink()
+    assert any("SIDECAR" in issue or "JSON" in issue for issue in validate(out))
+
+
+def masked(group: Group) -> Group:
+    stacks = tuple(
+        replace(s, mask=s.path, mask_uri=f"bids:masks:{s.label}.nii.gz") for s in group.stacks
+    )
+    return replace(group, stacks=stacks)
+
+
+def test_sidecar_says_what_was_used(result: derivatives.Result, tmp_path: Path) -> None:
+    derivatives.save(result, tmp_path)
+    sidecar = json.loads((tmp_path / derivatives.sidecar_path(result.group, "irem")).read_text())
+    assert sidecar["SkullStripped"] is False
+    assert sidecar["Sources"] == [stack.uri for stack in result.group.stacks]
+    assert sidecar["VoxelSize"] == [1.5, 1.5, 1.5]
+    assert sidecar["Stacks"][1]["SliceThickness"] == 5.0
+    assert sidecar["Stacks"][1]["SliceSpacing"] == 6.0
+    assert sidecar["Stacks"][1]["SliceThicknessSource"] == "sidecar"
+    assert sidecar["ReferenceStack"] == "axial1"
+    assert sidecar["Seconds"] == {"normalise": 1.5, "optimise": 10.0, "reconstruct": 2.5}
+    assert sidecar["Metrics"]["held_out_psnr"] == 30.0
+    assert sidecar["RandomSeed"] == 2021
+    assert sidecar["Versions"] == {"irem-bids": "0.1.0"}
+    assert sidecar["IremBids"]["Settings"]["irem"]["epochs"] == Settings().irem.epochs
+    assert "device" not in json.dumps(sidecar["IremBids"]["Settings"])
+    assert derivatives.completed_key(tmp_path, result.group, "irem") == "a" * 64
+    assert derivatives.completed_key(tmp_path, result.group, "srr") is None
+
+
+def test_brain_masks_make_a_brain_mask(result: derivatives.Result, tmp_path: Path) -> None:
+    """An image that is zero outside given masks is skull-stripped; its mask says brain."""
+    group = masked(replace(result.group, suffix="T2w"))
+    volume = nib.load(result.methods["irem"] / "volume.nii.gz")
+    mask = nib.load(result.methods["irem"] / "mask.nii.gz").get_fdata() > 0
+    nib.save(
+        nib.Nifti1Image(volume.get_fdata(dtype=np.float32) * mask, volume.affine),
+        result.methods["irem"] / "volume.nii.gz",
+    )
+    derivatives.save(replace(result, group=group), tmp_path)
+    sidecar = json.loads((tmp_path / "sub-01/anat/sub-01_desc-irem_T2w.json").read_text())
+    assert sidecar["SkullStripped"] is True
+    assert sidecar["Sources"][-1] == "bids:masks:sagittal1.nii.gz"
+    about = json.loads((tmp_path / "sub-01/anat/sub-01_space-T2w_desc-brain_mask.json").read_text())
+    assert about["Type"] == "Brain"
+    assert about["SpatialReference"] == "bids::sub-01/anat/sub-01_desc-irem_T2w.nii.gz"
+
+
+def test_transforms_map_reference_points_to_stack_points(
+    result: derivatives.Result, tmp_path: Path
+) -> None:
+    import SimpleITK as sitk
+
+    derivatives.save(result, tmp_path)
+    name = "sub-01/anat/sub-01_from-coronal1_to-axial1_mode-image_xfm.txt"
+    transform = sitk.ReadTransform(str(tmp_path / name))
+    pose = report_material.prepared().poses[1]
+    point = np.array([3.0, -8.0, 5.0])  # RAS+, scanner space of the coronal stack
+    there = pose.apply(point) * [-1, -1, 1]
+    assert np.allclose(np.array(transform.TransformPoint(there)) * [-1, -1, 1], point, atol=1e-9)
+    refined = (tmp_path / name.replace("image_", "image_desc-irem_")).read_text()
+    moved = RigidTransform.from_itk_text(refined).inverse() @ pose.inverse()
+    assert np.allclose(moved.matrix[:3, 3], [0.5, 0, 0], atol=1e-9)
+
+
+def test_image_keeps_grid_and_intensities(result: derivatives.Result, tmp_path: Path) -> None:
+    derivatives.save(result, tmp_path)
+    before = nib.load(result.methods["irem"] / "volume.nii.gz")
+    after = nib.load(tmp_path / derivatives.image_path(result.group, "irem"))
+    assert np.array_equal(before.get_fdata(), after.get_fdata())
+    assert np.array_equal(before.affine, after.affine)
+    assert after.header["qform_code"] == after.header["sform_code"] == 1
+
+
+def test_outputs_share_no_inode_with_the_work_folder(
+    result: derivatives.Result, tmp_path: Path
+) -> None:
+    written = derivatives.save(result, tmp_path / "out")
+    assert written
+    assert all(path.stat().st_nlink == 1 for path in written)
+
+
+def test_failed_save_leaves_nothing(result: derivatives.Result, tmp_path: Path) -> None:
+    (result.methods["bspline"] / "volume.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError):
+        derivatives.save(result, tmp_path / "out")
+    assert names(tmp_path / "out") == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_publish_replaces_whole_files(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "deep" / "b"
+    source.write_text("new")
+    os.link(source, tmp_path / "other")
+    derivatives.publish(source, target)
+    assert target.read_text() == "new"
+    assert not source.exists()
+    assert target.stat().st_nlink == 1
+
+
+def test_write_text_leaves_equal_files_alone(tmp_path: Path) -> None:
+    path = derivatives.write_text(tmp_path / "a.txt", "one")
+    os.utime(path, (1, 1))
+    derivatives.write_text(path, "one")
+    assert path.stat().st_mtime == 1
+    derivatives.write_text(path, "two")
+    assert path.read_text() == "two"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_dataset_files_merge(tmp_path: Path) -> None:
+    (tmp_path / ".bidsignore").write_text("mine\n")
+    dataset.write_dataset_files(tmp_path, {"raw": "file:///a"})
+    dataset.write_dataset_files(tmp_path, {"masks": "file:///b"})
+    description = json.loads((tmp_path / "dataset_description.json").read_text())
+    assert description["DatasetLinks"] == {"raw": "file:///a", "masks": "file:///b"}
+    assert description["DatasetType"] == "derivative"
+    assert description["GeneratedBy"][0]["Name"] == "irem-bids"
+    lines = (tmp_path / ".bidsignore").read_text().splitlines()
+    assert lines[0] == "mine"
+    assert len(lines) == len(set(lines)) == 1 + len(dataset.IGNORED)
+
+
+def test_names_without_a_pattern_are_refused() -> None:
+    group = Group("01", None, "T1w", {}, ())
+    with pytest.raises(ValueError, match="no name"):
+        derivatives.relative_path(group, suffix="bold", extension=".nii.gz")
+
+
+def test_table_cells() -> None:
+    rows = [{"a": 1.23456789, "b": "x\ty"}, {"a": float("nan"), "c": None}]
+    assert derivatives.table_text(rows) == "a\tb\tc\n1.23457\tx y\tn/a\nn/a\tn/a\tn/a\n"
