@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .figures import make_figures
 from .material import Material, ReportInput, load
-from .sections import TEMPLATES, Page, plain
+from .sections import TEMPLATES, Page
+from .wording import plain
 
 # Whatever slipped into the page could neither run nor be fetched from elsewhere.
 POLICY = (

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,54 +16,11 @@ from ..reconstruction.geometry import Grid, RigidTransform
 from ..reconstruction.stack import Stack
 from . import plots, views
 from .material import Material, MethodResult, ReportInput, load
+from .studio import Figure, Studio, head_limits, zoomed
 
 TILE = 340  # pixels, about, of the longer side of a picture
 SLICES = 12  # slices of a stack that are shown
 RESIDUAL_SPAN = 0.25  # residuals are shown within this part of the window, either way
-MARGIN = 6.0  # mm around the head in pictures
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A file of the figures folder and what a reader who cannot see it is told."""
-
-    path: Path
-    section: str  # inputs | registration | reconstruction | mosaic | residual | training | poses
-    alt: str
-    caption: str = ""
-    stack: str = ""
-    method: str = ""
-    plane: str = ""
-    state: str = ""  # of registration: reference | before | after
-
-
-class Studio:
-    """Draws one group: names of files, and one window for everything compared."""
-
-    def __init__(self, material: Material, folder: Path) -> None:
-        self.material = material
-        self.folder = folder
-        group = material.inp.group
-        stem, _, self.suffix = group.name.rpartition("_")
-        self.stem = re.sub(r"[/\0]", "_", stem)
-        prepared = material.prepared
-        self.levels = (0.0, 1.0)
-        if prepared is not None:
-            pooled = [s.data[s.mask][:: max(1, s.mask.sum() // 200_000)] for s in prepared.stacks]
-            self.levels = views.window(np.concatenate(pooled))
-
-    def path(self, what: str, extension: str = "png") -> Path:
-        """``sub-X[_ses-Y]_desc-<what>_<suffix>.<extension>`` in the figures folder."""
-        what = re.sub(r"[^A-Za-z0-9]", "", what)
-        return self.folder / f"{self.stem}_desc-{what}_{self.suffix}.{extension}"
-
-    def attempt(self, what: str, draw: Callable[[], list[Figure]]) -> list[Figure]:
-        """Draw, or note why it could not be done: a report must come in any case."""
-        try:
-            return draw()
-        except Exception as error:
-            self.material.problem(f"the figure '{what}' could not be drawn", error)
-            return []
 
 
 def make_figures(
@@ -96,22 +51,10 @@ def make_figures(
     return figures
 
 
-def _limits(mask: NDArray[np.bool_], grid: Grid) -> list[tuple[int, int]]:
-    edge = MARGIN / grid.voxel_size
-    return views.box(mask, (float(edge[0]), float(edge[1]), float(edge[2])))
-
-
-def _zoomed(
-    pixels: NDArray[np.uint8], grid: Grid, plane: str, mm: float, corner: str = ""
-) -> Image.Image:
-    large = views.enlarge(pixels, views.pixel_size(grid, plane), mm)
-    return views.label_edges(large, plane, corner)
-
-
 def stack_slices(studio: Studio, stack: Stack) -> list[Figure]:
     """Slices of a stack in its own plane, voxel by voxel."""
     full = views.canonical(stack.data, stack.grid)
-    limits = _limits(views.canonical(stack.mask, stack.grid).data, full.grid)
+    limits = head_limits(views.canonical(stack.mask, stack.grid).data, full.grid)
     part = views.crop(full, limits)
     normal = full.file_axis.index(stack.slice_axis)
     plane = next(p for p, axis in views.NORMAL.items() if axis == normal)
@@ -119,18 +62,20 @@ def stack_slices(studio: Studio, stack: Stack) -> list[Figure]:
     shape = views.picture(part.data, plane, 0).shape
     mm = min(rows, columns) / max(1, round(220 / max(shape)))
     tiles = []
-    for index in views.spread((0, part.data.shape[normal]), SLICES):
+    head = views.box(views.canonical(stack.mask, stack.grid).data, (0.0, 0.0, 0.0))[normal]
+    start = limits[normal][0]
+    for index in views.spread((head[0] - start, head[1] - start), SLICES):
         grey = views.grey(views.picture(part.data, plane, index), studio.levels)
         number = part.file_index(normal, index)
-        tiles.append(_zoomed(grey, part.grid, plane, mm, f"{number}"))
+        tiles.append(zoomed(grey, part.grid, plane, mm, f"{number}"))
     path = studio.path(f"stack{stack.label}")
-    views.save_png(views.montage(tiles, min(6, len(tiles))), path)
+    views.save_png(views.montage(tiles, min(4, len(tiles))), path)
     return [
         Figure(
             path,
             "inputs",
-            alt=f"{len(tiles)} of {stack.data.shape[stack.slice_axis]} slices of stack {stack.label} "
-            f"in its own {stack.plane} plane",
+            alt=f"{len(tiles)} of {stack.data.shape[stack.slice_axis]} slices of stack "
+            f"{stack.label} in its own {stack.plane} plane",
             caption="number: index of the slice in the file, from 0",
             stack=stack.label,
         )
@@ -140,7 +85,7 @@ def stack_slices(studio: Studio, stack: Stack) -> list[Figure]:
 def _compare_grid(stack: Stack) -> tuple[Grid, dict[str, int]]:
     """Isotropic RAS+ grid around the head of ``stack`` and the index of the middle per plane."""
     full = views.canonical(stack.mask, stack.grid)
-    part = views.crop(full, _limits(full.data, full.grid))
+    part = views.crop(full, head_limits(full.data, full.grid))
     extent = np.array(part.grid.shape) * part.grid.voxel_size
     grid = part.grid.resampled(max(float(part.grid.voxel_size.min()), float(extent.max()) / 200))
     centre = part.grid.to_world(np.argwhere(part.data).mean(axis=0))
@@ -166,7 +111,7 @@ def registration(studio: Studio) -> list[Figure]:
         for plane in views.PLANES:
             points = views.slice_points(grid, plane, middle[plane])
             values = views.sample_stack(stack, pose, points, order=1)
-            tiles.append(_zoomed(views.grey(values, studio.levels), grid, plane, mm))
+            tiles.append(zoomed(views.grey(values, studio.levels), grid, plane, mm))
         path = views.save_png(views.montage(tiles, 3), studio.path(what))
         place = {
             "reference": "the reference stack",
@@ -207,7 +152,7 @@ def reconstruction(studio: Studio) -> list[Figure]:
         for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
             moved = first.poses.get(stack.label, pose)
             values = views.sample_stack(stack, moved, points, order=0)
-            image = _zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
+            image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
             path = views.save_png(image, studio.path(f"recon{plane}{stack.label}"))
             figures.append(
                 Figure(
@@ -220,7 +165,7 @@ def reconstruction(studio: Studio) -> list[Figure]:
             )
         for result in done:
             values = _section(result, points) / prepared.scale
-            image = _zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
+            image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
             path = views.save_png(image, studio.path(f"recon{plane}{result.name}"))
             figures.append(
                 Figure(
@@ -239,7 +184,7 @@ def _head(result: MethodResult) -> tuple[views.Canonical, dict[str, int]]:
     if result.volume is None or result.grid is None or result.mask is None:
         raise ValueError(f"{result.name} left no volume")
     mask = views.canonical(result.mask, result.grid)
-    limits = _limits(mask.data, mask.grid)
+    limits = head_limits(mask.data, mask.grid)
     part = views.crop(views.canonical(result.volume, result.grid), limits)
     inside = views.crop(mask, limits).data
     centre = (
@@ -275,14 +220,14 @@ def mosaic(studio: Studio, result: MethodResult) -> list[Figure]:
         places = views.spread((int(0.1 * size), max(int(0.9 * size), 1)), 6)
         for index in (places + places[-1:] * 6)[:6]:
             grey = views.grey(views.picture(part.data, plane, index) / scale, levels)
-            tiles.append(_zoomed(grey, part.grid, plane, mm))
+            tiles.append(zoomed(grey, part.grid, plane, mm))
     path = views.save_png(views.montage(tiles, 6), studio.path(f"mosaic{result.name}"))
     return [
         Figure(
             path,
             "mosaic",
             method=result.name,
-            alt=f"reconstruction by {result.name}: six axial, six coronal and six sagittal sections",
+            alt=f"reconstruction by {result.name}: six axial, coronal and sagittal sections",
         )
     ]
 
@@ -330,8 +275,8 @@ def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
                 "residual",
                 method=result.name,
                 stack=stack.label,
-                alt=f"middle slice of stack {stack.label} as acquired, as {result.name} predicts it, "
-                "and the residual",
+                alt=f"middle slice of stack {stack.label} as acquired, as {result.name} predicts "
+                "it, and the residual",
                 caption=f"residual: purple is acquired above predicted by {span:.3g} or more, "
                 f"orange the reverse, in units of the {_percentile(studio)}th percentile of the "
                 "foreground",
@@ -349,7 +294,7 @@ def _residual_image(studio: Studio, piece: Stack, predicted: NDArray, span: floa
     normal = full.file_axis.index(piece.slice_axis)
     plane = next(p for p, axis in views.NORMAL.items() if axis == normal)
     other = views.canonical(predicted, piece.grid).data
-    limits = _limits(views.canonical(piece.mask, piece.grid).data, full.grid)
+    limits = head_limits(views.canonical(piece.mask, piece.grid).data, full.grid)
     limits[normal] = (0, 1)
     part = views.crop(full, limits)
     guess = other[tuple(slice(a, b) for a, b in limits)]
@@ -359,11 +304,11 @@ def _residual_image(studio: Studio, piece: Stack, predicted: NDArray, span: floa
     tiles = []
     for name, values in (("acquired", part.data), ("predicted", guess)):
         pixels = views.grey(views.picture(values, plane, 0), studio.levels)
-        tiles.append(_zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
+        tiles.append(zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
     difference = views.picture(part.data - guess, plane, 0)
     colours = matplotlib.colormaps["PuOr"](np.clip(0.5 + difference / (2 * span), 0, 1))
     pixels = np.asarray(colours[..., :3] * 255).astype(np.uint8)
-    tiles.append(_zoomed(pixels, part.grid, plane, mm, "residual"))
+    tiles.append(zoomed(pixels, part.grid, plane, mm, "residual"))
     return views.montage(tiles, 3)
 
 
@@ -409,7 +354,7 @@ def poses(studio: Studio) -> list[Figure]:
             Figure(
                 path,
                 "poses",
-                alt=f"{name} of each stack about three axes in {unit}; the table below has the sizes",
+                alt=f"{name} of each stack along three axes in {unit}, as in the table",
                 caption="hollow: registration; filled: " + ", ".join(list(sets)[1:])
                 if len(sets) > 1
                 else "as registered",

@@ -156,7 +156,7 @@ class Material:
 def load(inp: ReportInput) -> Material:
     """Read the working folder of a group; what fails is listed in ``problems``."""
     material = Material(inp)
-    if inp.prepared is not None and Path(inp.prepared).exists():
+    if inp.prepared is not None and (Path(inp.prepared) / "prepared.json").exists():
         try:
             from ..reconstruction.prepare import Prepared
 
@@ -195,3 +195,17 @@ def _method(name: str, folder: Path) -> MethodResult:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def step_record(folder: Path | None) -> dict[str, Any]:
+    """What the workflow noted beside a result: ``device`` and ``seconds`` {step: s}."""
+    return {} if folder is None else _json(Path(folder) / "step.json")
+
+
+def method_seconds(result: MethodResult) -> float | None:
+    """Seconds that a method took in all, where that was noted."""
+    times = step_record(result.folder).get("seconds")
+    if times:
+        return float(sum(times.values()))
+    value = result.info.get("seconds")
+    return float(value) if isinstance(value, (int, float)) else None

@@ -90,6 +90,7 @@ def training(history: Mapping[str, Sequence[float]], path: Path) -> Path | None:
             )
         if all((y > 0).all() for _, _, y in series):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("step")
         axes.set_ylabel("scaled intensity squared")
         axes.grid(alpha=0.3)

@@ -8,9 +8,8 @@ encoding.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,62 +19,11 @@ import numpy as np
 from PIL import Image
 
 from . import methods, plots, summary
-from .figures import Figure
-from .material import Material
+from .material import Material, method_seconds, step_record
+from .studio import Figure
+from .wording import METRICS, number, plain, table
 
 TEMPLATES = Path(__file__).parent / "templates"
-# name, unit or form, definition
-METRICS: dict[str, tuple[str, str, str]] = {
-    "held_out_psnr": (
-        "Held-out PSNR (dB)",
-        ".2f",
-        "Peak signal-to-noise ratio of the prediction of voxels that were never trained on; "
-        "higher is better.",
-    ),
-    "held_out_ncc": (
-        "Held-out NCC",
-        ".4f",
-        "Normalised cross-correlation of those voxels with their prediction; 1 is perfect.",
-    ),
-    "snr_result": (
-        "SNR of the result",
-        ".1f",
-        "Mean of the foreground over the noise within it, estimated from its finest detail "
-        "(Immerkaer's mixed second difference); comparable between methods, not between scanners.",
-    ),
-    "ncc_before": (
-        "NCC before",
-        ".3f",
-        "Mean normalised cross-correlation of all pairs of stacks, placed by their headers.",
-    ),
-    "ncc_after": (
-        "NCC after",
-        ".3f",
-        "The same after registration.",
-    ),
-    "self_consistency": (
-        "Self-consistency (NCC)",
-        ".4f",
-        "Normalised cross-correlation of a stack with what the field predicts for it.",
-    ),
-    "snr": (
-        "SNR",
-        ".1f",
-        "Of a stack: mean of its foreground over the standard deviation of its noise within "
-        "slices, estimated from mixed second differences (Immerkaer 1996).",
-    ),
-    "gain": (
-        "Gain",
-        ".3f",
-        "Factor by which a stack is brighter than the field predicts, after all stacks were "
-        "scaled alike; 1 is no difference.",
-    ),
-    "noise": (
-        "Noise",
-        ".4f",
-        "Standard deviation of a stack's noise, in scaled intensity.",
-    ),
-}
 
 
 def _environment() -> jinja2.Environment:
@@ -86,32 +34,6 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-
-
-def plain(value: Any) -> str:
-    """Any value as text that can be written in UTF-8."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return " ".join(plain(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{plain(k)}: {plain(v)}" for k, v in value.items())
-    return str(value).encode("utf-8", "replace").decode("utf-8")
-
-
-def number(value: Any, form: str = ".3g") -> str:
-    """A number in ``form``; 'n/a' where there is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        return "n/a" if value is None else plain(value)
-    return format(float(value), form) if np.isfinite(value) else "n/a"
-
-
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
-    """Columns (title, kind: 'number', 'path', 'wide' or '') and rows for the templates."""
-    return {
-        "columns": [{"name": n, "number": k == "number", "kind": k} for n, k in columns],
-        "rows": [[plain(cell) for cell in row] for row in rows],
-    }
 
 
 class Page:
@@ -132,12 +54,10 @@ class Page:
         self.all = [(figure, self._figure(figure)) for figure in figures]
         group = material.inp.group
         self.group = {"name": plain(group.name), "show_name": not alone}
-        chosen = material.inp.settings.normalise
         self.window = (
             "black and white are the 0.5th and 99.5th percentiles of the foreground of all stacks "
             "(black is zero where that is near)"
         )
-        self.percentile = f"{chosen.intensity_percentile:g}"
 
     def _figure(self, figure: Figure) -> dict[str, Any]:
         relative = os.path.relpath(figure.path, self.root)
@@ -193,7 +113,7 @@ class Page:
         """Verdict, reasons, and what was used."""
         findings = summary.check(self.material)
         group, inp = self.material.inp.group, self.material.inp
-        facts = [("Stacks", f"{len(group.stacks)} used, {len(group.excluded)} images left out")]
+        facts = [("Stacks", f"{len(group.stacks)} used; images left out: {len(group.excluded)}")]
         planes = [s.plane for s in group.stacks]
         counts = [f"{planes.count(p)} {p}" for p in ("axial", "coronal", "sagittal") if p in planes]
         if counts:
@@ -295,7 +215,6 @@ class Page:
             "plots": self.select("poses"),
             "reference": reference,
             "comparisons": comparisons if reference else [],
-            "window": self.window,
         }
 
     def _agreement(self, metrics: Mapping[str, Any]) -> str:
@@ -338,9 +257,9 @@ class Page:
                                 stack.label,
                                 name,
                                 f"{np.linalg.norm(shift):.2f}",
-                                *(f"{v:.2f}" for v in shift[0]),
+                                *(number(v, "+.2f") for v in shift[0]),
                                 f"{np.linalg.norm(turn):.2f}",
-                                *(f"{v:.2f}" for v in turn[0]),
+                                *(number(v, "+.2f") for v in turn[0]),
                             )
                         )
         return table(columns, rows)
@@ -353,7 +272,6 @@ class Page:
         return {
             "planes": [(plane, figures) for plane, figures in found if figures],
             "mosaics": self.select("mosaic"),
-            "window": self.window,
         }
 
     def training(self) -> dict[str, Any]:
@@ -388,7 +306,7 @@ class Page:
                 (
                     r.name,
                     *(number(r.quality.get(n), METRICS.get(n, ("", ".4g", ""))[1]) for n in names),
-                    number(_seconds(r.folder, r.info), ".1f"),
+                    number(method_seconds(r), ".1f"),
                 )
                 for r in results.values()
                 if r.quality or r.info
@@ -439,7 +357,7 @@ class Page:
             (self.material.inp.prepared, ""),
             *((r.folder, r.name) for r in self.material.methods.values()),
         ]:
-            step = _step(folder)
+            step = step_record(folder)
             devices += [step["device"]] if step.get("device") else []
             for what, value in (step.get("seconds") or {}).items():
                 seconds.setdefault(f"{what} {name}".strip(), value)
@@ -483,17 +401,3 @@ class Page:
             ],
             "problems": [plain(text) for text in self.material.problems],
         }
-
-
-def _step(folder: Path | None) -> dict[str, Any]:
-    if folder is None or not (Path(folder) / "step.json").exists():
-        return {}
-    return dict(json.loads((Path(folder) / "step.json").read_text(encoding="utf-8")))
-
-
-def _seconds(folder: Path, info: Mapping[str, Any]) -> float | None:
-    times = _step(folder).get("seconds")
-    if times:
-        return float(sum(times.values()))
-    value = info.get("seconds")
-    return float(value) if isinstance(value, (int, float)) else None

@@ -61,8 +61,8 @@ def _failed(material: Material) -> list[Finding]:
             Finding(
                 "Report",
                 True,
-                f"{len(material.problems)} part(s) of this report could not be made; they are listed "
-                "with the errors.",
+                f"{len(material.problems)} part(s) of this report could not be made; they are "
+                "listed with the errors.",
                 "errors",
             )
         )
@@ -88,16 +88,22 @@ def _inputs(material: Material) -> list[Finding]:
         Finding(
             "Slice thickness",
             bool(guessed),
-            f"The slice thickness of {_list(guessed)} was taken from the slice spacing, because the "
-            "sidecar has none that is plausible. With a gap between slices the result is blurred "
-            "wrongly."
+            f"The slice thickness of {_list(guessed)} was taken from the slice spacing, because "
+            "the sidecar has none that is plausible. With a gap between slices the result is "
+            "blurred wrongly."
             if guessed
             else "Known for every stack.",
             "inputs",
         )
     )
-    found += [Finding("Discovery", True, text, "inputs") for text in group.warnings]
-    return found
+    said = [f.name for f in found if f.look]
+    others = [
+        text
+        for text in group.warnings
+        if not ("Orientations" in said and "orientation" in text.lower())
+        and not ("Slice thickness" in said and "thickness" in text.lower())
+    ]
+    return found + [Finding("Discovery", True, text, "inputs") for text in others]
 
 
 def _agreement(material: Material) -> list[Finding]:
@@ -158,8 +164,8 @@ def _motion(material: Material) -> list[Finding]:
         Finding(
             "Movement between stacks",
             bool(far),
-            f"Registration moved {_list(far)}: a large movement, or a failure. Compare the pictures "
-            "before and after."
+            f"Registration moved {_list(far)}: a large movement, or a failure. Compare the "
+            "pictures before and after."
             if far
             else f"No stack was moved by more than {FAR_MM:g} mm or {FAR_DEGREES:g}°.",
             "registration",
@@ -209,8 +215,8 @@ def _gains(material: Material) -> list[Finding]:
         Finding(
             "Gain of stacks",
             bool(off),
-            f"The intensity of {_list(off)} differs from the others by more than a normal scan does: "
-            "was the contrast or the receiver changed?"
+            f"The intensity of {_list(off)} differs from the others by more than a normal scan "
+            "does: was the contrast or the receiver changed?"
             if off
             else f"All within {low:g} to {high:g}.",
             "metrics",

@@ -174,7 +174,7 @@ def label_edges(pixels: NDArray[np.uint8], plane: str, corner: str = "") -> Imag
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     height, width = pixels.shape[:2]
-    size = int(np.clip(min(height, width) / 14, 9, 20))
+    size = int(np.clip(min(height, width) / 11, 10, 24))
     font = ImageFont.load_default(size=size)
     left, right, top, bottom = EDGES[plane]
     places = (
