@@ -45,7 +45,7 @@ def find_masks(folders: tuple[str, ...], subjects: list[str]) -> dict[str, list[
         root = Path(folder)
         if not root.is_dir():
             raise UserError(f"--derivatives {folder}: there is no such folder", ExitCode.NO_INPUT)
-        if not any(entry.name.startswith("sub-") for entry in os.scandir(root)):
+        if not any(name.startswith("sub-") for name in os.listdir(root)):
             raise UserError(
                 f"--derivatives {folder}: no sub-* folder in it; expected a derivative dataset "
                 "such as derivatives/masks",

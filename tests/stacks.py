@@ -42,7 +42,7 @@ def stack_data(grid: Grid) -> np.ndarray:
     indices = np.indices(grid.shape).reshape(3, -1).T.astype(float)
     total = np.zeros(len(indices))
     for offset in (-0.3, 0.0, 0.3):
-        points = truth.to_index(grid.to_world(indices + [0, 0, offset])).T
+        points = truth.to_index(grid.to_world(indices + np.array([0.0, 0.0, offset]))).T
         total += map_coordinates(volume, points, order=1, mode="constant", cval=0.0)
     return (total / 3).reshape(grid.shape).astype(np.float32)
 
