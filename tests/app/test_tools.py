@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small programs: what they write and print, and what they say to mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from irem_bids import tools
+from irem_bids.exitcodes import ExitCode
+from irem_bids.reconstruction.geometry import RigidTransform
+from irem_bids.reconstruction.simulated_dataset import read_truth
+from irem_bids.reconstruction.spline import Spline
+from irem_bids.reconstruction.stack import read_image, write_image
+from tests.phantom import head
+
+
+@pytest.fixture(scope="module")
+def truth_file(tmp_path_factory):
+    return write_image(tmp_path_factory.mktemp("truth") / "head.nii.gz", *head())
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory, truth_file):
+    """A dataset of three small stacks with hidden motion, made by the program."""
+    root = tmp_path_factory.mktemp("simulated") / "bids"
+    arguments = [
+        truth_file,
+        root,
+        "--slice-thickness",
+        6,
+        "--gap",
+        0.6,
+        "--in-plane",
+        3,
+        "--motion-degrees",
+        3,
+        "--motion-mm",
+        3,
+        "--gain",
+        0.08,
+        "--snr",
+        40,
+        "--seed",
+        5,
+        "--threads",
+        1,
+    ]
+    assert tools.simulate_main([str(a) for a in arguments]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory, simulated):
+    """A perfect reconstruction in the space of the coronal stack, with its transforms."""
+    known = read_truth(simulated)
+    back = known.poses["coronal1"]  # the result's space is that of the coronal scanner
+    folder = tmp_path_factory.mktemp("out") / "sub-01" / "anat"
+    folder.mkdir(parents=True)
+    points = known.grid.to_world(np.moveaxis(np.indices(known.grid.shape), 0, -1))
+    volume = 0.5 * Spline(known.volume, known.grid).at(back.apply(points))
+    image = write_image(folder / "sub-01_desc-irem_T1w.nii.gz", volume, known.grid)
+    shift = RigidTransform.from_vector([0, 0, 0, 0.6, 0, 0])
+    for label in ("axial1", "sagittal1"):
+        pose = back.inverse() @ known.poses[label]
+        name = f"sub-01_from-{label}_to-coronal1_mode-image"
+        (folder / f"{name}_desc-irem_xfm.txt").write_text(pose.inverse().to_itk_text())
+        (folder / f"{name}_xfm.txt").write_text((shift @ pose).inverse().to_itk_text())
+    return image
+
+
+def test_simulate_writes_what_was_asked_for(simulated, capsys):
+    known = read_truth(simulated)
+    assert known.protocol.thickness == 6.0
+    assert known.protocol.gain == 0.08
+    assert [one.label for one in known.draws] == ["axial1", "coronal1", "sagittal1"]
+    data, grid = read_image(simulated / "sub-01" / "anat" / "sub-01_acq-coronal_T1w.nii.gz")
+    assert grid.voxel_size == pytest.approx([3, 3, 6.6])
+    assert data.max() > 300
+
+
+def test_simulate_adds_a_subject_and_refuses_to_overwrite(simulated, truth_file, capsys):
+    more = [str(truth_file), str(simulated), "--slice-thickness", "12", "--in-plane", "4"]
+    arguments = [*more, "--subject", "kid2", "--session", "a", "--suffix", "FLAIR"]
+    assert tools.simulate_main([*arguments, "--orientations", "axial", "sagittal"]) == 0
+    said = capsys.readouterr().out
+    assert "sagittal1" in said
+    assert "derivatives/truth" in said
+    names = {p.name for p in (simulated / "sub-kid2" / "ses-a" / "anat").iterdir()}
+    assert "sub-kid2_ses-a_acq-axial_FLAIR.nii.gz" in names
+    assert tools.simulate_main(more) == ExitCode.CANNOT_CREATE
+    assert "already" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_gauge_out(simulated, outputs, capsys):
+    arguments = [str(outputs), "--dataset", str(simulated), "--json", "--threads", "1"]
+    assert tools.evaluate_main(arguments) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["psnr"] > 40 > 20 > scores["psnr_raw"]
+    assert scores["ssim"] > 0.99 > scores["ssim_raw"]
+    assert scores["scale"] == pytest.approx(2.0, rel=5e-3)
+    assert scores["coverage"] > 0.95
+    known = read_truth(simulated)
+    found = np.linalg.norm(scores["rotation"])
+    vector = known.poses["coronal1"].to_vector()
+    assert found == pytest.approx(np.rad2deg(np.linalg.norm(vector[:3])), abs=0.05)
+    assert "tre" not in scores
+
+
+def test_evaluate_reads_the_methods_own_poses(simulated, outputs, tmp_path, capsys):
+    derivatives = outputs.parents[2]
+    common = ["--dataset", str(simulated), "--derivatives", str(derivatives)]
+    assert tools.evaluate_main([str(outputs), *common, "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)["tre"]
+    assert max(own.values()) < 1e-6
+    other = outputs.with_name("sub-01_desc-srr_T1w.nii.gz")
+    other.write_bytes(outputs.read_bytes())
+    assert tools.evaluate_main([str(other), *common]) == 0
+    text = capsys.readouterr().out
+    assert "PSNR" in text
+    assert "coronal1: 0.4" in text  # 0.6 mm of two stacks against the third, mean removed
+    assert "axial1: 0.2" in text
+
+
+def test_evaluate_with_images_and_a_mask(truth_file, tmp_path, capsys):
+    volume, grid = head()
+    noisy = volume + np.random.default_rng(0).normal(0, 10, volume.shape)
+    image = write_image(tmp_path / "noisy.nii.gz", noisy, grid)
+    mask = write_image(tmp_path / "mask.nii.gz", volume > 200, grid)
+    arguments = [str(image), str(truth_file), "--mask", str(mask), "--json"]
+    assert tools.evaluate_main(arguments) == 0
+    scores = json.loads(capsys.readouterr().out)
+    peak = np.percentile(volume[volume > 200], 99.9)
+    assert scores["psnr_raw"] == pytest.approx(20 * np.log10(peak / 10), abs=0.2)
+    assert scores["psnr"] == pytest.approx(scores["psnr_raw"], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{truth}"], ExitCode.USAGE, "required: bids_dir"),
+        (["{tmp}/none.nii.gz", "{tmp}/d"], ExitCode.NO_INPUT, "no such file"),
+        (["{bad}", "{tmp}/d"], ExitCode.BAD_DATA, "cannot be read as NIfTI"),
+        (["{truth}", "{tmp}"], ExitCode.CANNOT_CREATE, "not empty"),
+        (["{truth}", "{tmp}/d", "--gain", "2"], ExitCode.USAGE, "gain is 2.0"),
+        (["{truth}", "{tmp}/d", "--profile", "sinc"], ExitCode.USAGE, "sinc"),
+        (["{truth}", "{tmp}/d", "--subject", "sub-01"], ExitCode.USAGE, "without 'sub-'"),
+        (["{truth}", "{bad}/d"], ExitCode.CANNOT_CREATE, "bad.nii.gz"),
+    ],
+)
+def test_mistakes_with_simulate(arguments, code, message, truth_file, tmp_path, capsys):
+    check_mistake(tools.simulate_main, arguments, code, message, (truth_file, tmp_path, capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{truth}"], ExitCode.USAGE, "give a truth"),
+        (["{truth}", "{truth}", "--derivatives", "{tmp}"], ExitCode.USAGE, "needs --dataset"),
+        (["{truth}", "{tmp}/x.nii"], ExitCode.NO_INPUT, "no such file"),
+        (["{truth}", "{bad}"], ExitCode.BAD_DATA, "cannot be read"),
+        (["{truth}", "--dataset", "{tmp}"], ExitCode.USAGE, "has no 'sub-'"),
+        (["{flat}", "{truth}"], ExitCode.BAD_DATA, "constant"),
+    ],
+)
+def test_mistakes_with_evaluate(arguments, code, message, truth_file, tmp_path, capsys):
+    check_mistake(tools.evaluate_main, arguments, code, message, (truth_file, tmp_path, capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{tmp}/m.safetensors", "{tmp}/o.nii"], ExitCode.NO_INPUT, "no such file"),
+        (["{truth}", "{tmp}/o.mgz"], ExitCode.USAGE, "expected a name in .nii"),
+        (["{truth}", "{tmp}/no/o.nii"], ExitCode.CANNOT_CREATE, "no such folder"),
+        (["{truth}", "{tmp}/o.nii", "--resolution", "0"], ExitCode.USAGE, "expected 0.05 to 20"),
+        (["{truth}", "{tmp}/o.nii", "--device", "tpu"], ExitCode.USAGE, "expected auto, cpu"),
+    ],
+)
+def test_mistakes_with_sample(arguments, code, message, truth_file, tmp_path, capsys):
+    check_mistake(tools.sample_main, arguments, code, message, (truth_file, tmp_path, capsys))
+
+
+def check_mistake(program, arguments, code, message, places):
+    """The program ends with ``code`` and one message."""
+    truth_file, tmp_path, capsys = places
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"")
+    flat = write_image(tmp_path / "flat.nii.gz", np.ones((40, 44, 36)), head()[1])
+    names = {"truth": truth_file, "tmp": tmp_path, "bad": bad, "flat": flat}
+    assert program([a.format(**names) for a in arguments]) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_dataset_without_this_scan_is_no_input(simulated, outputs, tmp_path, capsys):
+    moved = tmp_path / "sub-77_desc-irem_T1w.nii.gz"
+    moved.write_bytes(outputs.read_bytes())
+    assert tools.evaluate_main([str(moved), "--dataset", str(simulated)]) == ExitCode.NO_INPUT
+    assert "lacks this scan" in capsys.readouterr().err
+    arguments = ["--dataset", str(simulated), "--derivatives", str(tmp_path)]
+    assert tools.evaluate_main([str(outputs), *arguments]) == ExitCode.NO_INPUT
+    assert "no transforms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["simulate_main", "evaluate_main", "sample_main"])
+def test_help_is_instant_and_loads_nothing_heavy(program):
+    code = (
+        "import sys, irem_bids.tools as t\n"
+        f"try:\n    t.{program}(['--help'])\n"
+        "finally:\n    heavy = {'torch', 'numpy', 'scipy', 'nipype'} & set(sys.modules)\n"
+        "    print('heavy:', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage: irem-bids-" in done.stdout
+    assert "heavy: []" in done.stdout
