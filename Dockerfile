@@ -29,7 +29,7 @@ RUN /opt/irem-bids/bin/pip install --no-deps --no-build-isolation . \
        /opt/irem-bids/bin/python -W ignore -c 'import templateflow.conf' \
     && sh slim /opt/irem-bids \
     && chmod -R a+rX /opt
-COPY docker/entrypoint /opt/irem-bids/bin/entrypoint
+COPY docker/entrypoint docker/selftest /opt/irem-bids/bin/
 
 FROM ${BASE_IMAGE}
 ARG VERSION=0.1.0
@@ -49,6 +49,7 @@ ENV PATH=/opt/irem-bids/bin:/usr/local/bin:/usr/bin:/bin \
     USER=irem \
     LOGNAME=irem \
     LANG=C.UTF-8 \
+    IREM_BIDS_CONTAINER=docker:irem-bids:${VERSION} \
     NO_ET=1 \
     PYTHONNOUSERSITE=1 \
     PYTHONDONTWRITEBYTECODE=1 \
