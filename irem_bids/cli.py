@@ -81,7 +81,9 @@ def _run(argv: Sequence[str]) -> ExitCode:
         if arguments.dry_run:
             return _dry_run(bids_dir, settings)
         code = _participants(bids_dir, output_dir, settings, arguments.reports_only)
-    if "group" in levels and not arguments.dry_run:
+    if "group" in levels:
+        if arguments.dry_run:
+            raise UserError("--dry-run is for the participant level", ExitCode.USAGE)
         code = _group(output_dir, settings) or code
     return code
 

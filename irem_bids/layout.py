@@ -84,6 +84,12 @@ def list_images(root: Path, subjects: list[str], selection: Selection) -> list[I
         found = layout.get(**{**base, **filters}, return_type="filename") if filters else indexed
     except ValueError:  # an entity that no file of this dataset has
         found = []
+    if any(root not in Path(path).parents for path in indexed):
+        raise UserError(
+            f"--bids-database-dir {selection.bids_database_dir}: is of another dataset than {root}; "
+            "give an empty folder or none",
+            ExitCode.USAGE,
+        )
     images = [_image(root, Path(path)) for path in found]
     if not filters and not selection.skip_bids_validation:
         images += _not_valid(root, subjects, set(indexed), suffixes)

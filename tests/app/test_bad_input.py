@@ -351,3 +351,5 @@ def test_a_misspelt_option(tiny_dataset, tmp_path):
 def test_group_level_without_results(tiny_dataset, tmp_path):
     message = refused(66, tiny_dataset, tmp_path / "out", "group")
     assert "run the participant level first" in message
+    message = refused(64, tiny_dataset, tmp_path / "out", "group", "--dry-run")
+    assert "--dry-run is for the participant level" in message

@@ -311,7 +311,11 @@ def test_a_database_serves_other_participants_later(tiny_dataset, tmp_path):
     for label in ("01", "02"):
         chosen = settings(participant_label=[label], bids_database_dir=database)
         assert [g.subject for g in discover(tiny_dataset, chosen).groups] == [label]
-    assert Path(database).is_dir()
+    other = write_description(tmp_path / "other")
+    add_planes(other, "sub-01")
+    with pytest.raises(UserError, match="is of another dataset") as caught:
+        discover(other, settings(bids_database_dir=database))
+    assert caught.value.code is ExitCode.USAGE
 
 
 def test_a_participant_without_images_is_named(tiny_dataset):
