@@ -336,12 +336,10 @@ def poses(studio: Studio) -> list[Figure]:
     if prepared is None:
         return []
     labels = [stack.label for stack in prepared.stacks]
-    sets = {"registration": plots.pose_table(prepared.stacks, prepared.poses)}
-    for result in studio.material.methods.values():
-        if result.poses and all(label in result.poses for label in labels):
-            sets[result.name] = plots.pose_table(
-                prepared.stacks, [result.poses[label] for label in labels]
-            )
+    sets = {
+        name: plots.pose_table(prepared.stacks, found)
+        for name, found in studio.material.pose_sets().items()
+    }
     figures = []
     for number, (name, unit) in enumerate((("rotation", "degrees"), ("translation", "mm"))):
         path = plots.pose_components(

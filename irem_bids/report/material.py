@@ -146,6 +146,20 @@ class Material:
         """The stack whose scanner coordinates are reference space."""
         return None if self.prepared is None else self.prepared.stacks[self.prepared.reference]
 
+    def pose_sets(self) -> dict[str, list[RigidTransform]]:
+        """Poses in the stacks' order: 'registration', then the methods that changed them."""
+        if self.prepared is None:
+            return {}
+        registered = list(self.prepared.poses)
+        sets = {"registration": registered}
+        labels = [stack.label for stack in self.prepared.stacks]
+        for result in self.methods.values():
+            if all(label in result.poses for label in labels):
+                poses = [result.poses[label] for label in labels]
+                if poses != registered:
+                    sets[result.name] = poses
+        return sets
+
     def problem(self, what: str, error: BaseException) -> None:
         """Remember that ``what`` could not be shown."""
         text = f"{what}: {type(error).__name__}: {error}"

@@ -239,29 +239,23 @@ class Page:
             ("about A-P", "number"),
             ("about S-I", "number"),
         )
-        rows: list[tuple[Any, ...]] = []
-        if prepared is not None:
-            sets = [
-                (
-                    "registration",
-                    dict(zip((s.label for s in prepared.stacks), prepared.poses, strict=True)),
-                )
-            ]
-            sets += [(r.name, r.poses) for r in self.material.methods.values() if r.poses]
-            for stack in prepared.stacks:
-                for name, poses in sets:
-                    if stack.label in poses:
-                        turn, shift = plots.pose_table([stack], [poses[stack.label]])
-                        rows.append(
-                            (
-                                stack.label,
-                                name,
-                                f"{np.linalg.norm(shift):.2f}",
-                                *(number(v, "+.2f") for v in shift[0]),
-                                f"{np.linalg.norm(turn):.2f}",
-                                *(number(v, "+.2f") for v in turn[0]),
-                            )
-                        )
+        stacks = () if prepared is None else prepared.stacks
+        sets = {
+            name: plots.pose_table(stacks, poses)
+            for name, poses in self.material.pose_sets().items()
+        }
+        rows = (
+            (
+                stack.label,
+                name,
+                number(np.linalg.norm(shifts[place]), ".2f"),
+                *(number(v, "+.2f") for v in shifts[place]),
+                number(np.linalg.norm(turns[place]), ".2f"),
+                *(number(v, "+.2f") for v in turns[place]),
+            )
+            for place, stack in enumerate(stacks)
+            for name, (turns, shifts) in sets.items()
+        )
         return table(columns, rows)
 
     def reconstruction(self) -> dict[str, Any]:

@@ -77,7 +77,10 @@ def number(value: Any, form: str = ".3g") -> str:
     """A number in ``form``; 'n/a' where there is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         return "n/a" if value is None else plain(value)
-    return format(float(value), form) if np.isfinite(value) else "n/a"
+    if not np.isfinite(value):
+        return "n/a"
+    text = format(float(value), form)
+    return text.lstrip("+-") if float(text) == 0.0 else text
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
