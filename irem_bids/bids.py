@@ -8,21 +8,31 @@ are plain data that can be pickled and written as JSON.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from .groups import Discovery, Excluded, Group, Rejected, StackFile, describe
 from .images import check_voxels, read_header, reason_by_name, reason_by_sidecar, slice_thickness
 from .layout import ImageFile, list_images, select_subjects
 from .masks import MaskFile, find_masks, link_name, match_masks
-from .names import Sidecars, join_entities, natural_key
+from .names import Sidecars, natural_key
 from .reconstruction.geometry import GeometryError, Grid
 from .reconstruction.stack import ImageError, read_image, read_mask
 from .resources import available_cpus
 from .settings import MODALITIES, Acquisition, Settings
+
+__all__ = [
+    "Discovery",
+    "Excluded",
+    "Group",
+    "Rejected",
+    "StackFile",
+    "dataset_links",
+    "describe",
+    "discover",
+]
 
 #: Entities whose values are reconstructed apart.
 KEPT_APART = ("ce", "trc", "echo", "flip", "inv", "mt", "part")
@@ -31,103 +41,6 @@ MAX_DRY_READS = 300
 MOST_READERS = 8  # threads that read images
 
 Progress = Callable[[float, str], None]
-
-
-@dataclass(frozen=True)
-class StackFile:
-    """One acquired stack on disk; sizes in mm, shape in voxels.
-
-    ``label`` is unique in the group (``axial1``); ``thickness_source`` is
-    'sidecar', 'spacing' or 'setting'; URIs are BIDS URIs.
-    """
-
-    path: str
-    label: str
-    plane: str
-    shape: tuple[int, int, int]
-    in_plane: tuple[float, float]
-    spacing: float
-    slice_thickness: float
-    thickness_source: str
-    mask: str | None
-    uri: str
-    mask_uri: str | None = None
-
-
-@dataclass(frozen=True)
-class Excluded:
-    """An image that is not used, and why."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """The stacks of one subject, session and contrast (labels without prefix)."""
-
-    subject: str
-    session: str | None
-    suffix: str
-    entities: dict[str, str]
-    stacks: tuple[StackFile, ...]
-    excluded: tuple[Excluded, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Unique name: ``sub-01_ses-1_ce-gd_T1w``."""
-        return _group_name(self.subject, self.session, self.suffix, self.entities)
-
-    @property
-    def planes(self) -> tuple[str, ...]:
-        """The orientations there are, sorted."""
-        return tuple(sorted({stack.plane for stack in self.stacks}))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, safe for JSON."""
-        return _plain(dataclasses.asdict(self))
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Group:
-        """The inverse of :meth:`to_dict`."""
-        stacks = tuple(
-            StackFile(**{**s, "shape": tuple(s["shape"]), "in_plane": tuple(s["in_plane"])})
-            for s in value["stacks"]
-        )
-        excluded = tuple(Excluded(**e) for e in value["excluded"])
-        return cls(
-            value["subject"],
-            value["session"],
-            value["suffix"],
-            dict(value["entities"]),
-            stacks,
-            excluded,
-            tuple(value["warnings"]),
-        )
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A would-be group that cannot be reconstructed, or was not asked for."""
-
-    name: str
-    reason: str
-    excluded: tuple[Excluded, ...] = ()
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """Everything found.
-
-    ``excluded`` holds what cannot be used, ``not_asked`` usable groups that the
-    choice of contrasts leaves out; ``notes`` concern the whole dataset.
-    """
-
-    groups: tuple[Group, ...]
-    excluded: tuple[Rejected, ...] = ()
-    not_asked: tuple[Rejected, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,49 +117,6 @@ def dataset_links(bids_dir: str | Path, settings: Settings) -> dict[str, str]:
     for number, folder in enumerate(settings.selection.derivatives):
         links[link_name(number)] = Path(folder).resolve().as_uri()
     return links
-
-
-def describe(discovery: Discovery) -> str:
-    """The groups, and each image that is left out with its reason, as text."""
-    lines: list[str] = []
-    for group in discovery.groups:
-        lines.append(f"{group.name}: {len(group.stacks)} stacks, {', '.join(group.planes)}")
-        for s in group.stacks:
-            size = "×".join(str(n) for n in s.shape)
-            mask = f", mask {Path(s.mask).name}" if s.mask else ""
-            lines.append(
-                f"  {s.label}: {Path(s.path).name}, {size} voxels, {s.in_plane[0]:.4g} × "
-                f"{s.in_plane[1]:.4g} mm in plane, slices {s.slice_thickness:.4g} mm thick "
-                f"({s.thickness_source}) every {s.spacing:.4g} mm{mask}"
-            )
-        lines += [f"  warning: {text}" for text in group.warnings]
-        lines += _left_out(group.excluded)
-    for title, rejected in (
-        ("cannot be used", discovery.excluded),
-        ("not asked for", discovery.not_asked),
-    ):
-        for item in rejected:
-            lines.append(f"{item.name}: {title}: {item.reason}")
-            lines += _left_out(item.excluded)
-    lines += [f"note: {text}" for text in discovery.notes]
-    count = len(discovery.groups)
-    lines.append(f"{count} group{'' if count == 1 else 's'} to reconstruct")
-    return "\n".join(lines) + "\n"
-
-
-def _left_out(excluded: tuple[Excluded, ...]) -> list[str]:
-    return [f"  left out: {Path(e.path).name}: {e.reason}" for e in excluded]
-
-
-def _group_name(subject: str, session: str | None, suffix: str, entities: dict[str, str]) -> str:
-    every = {"sub": subject, **({"ses": session} if session is not None else {}), **entities}
-    return f"{join_entities(every)}_{suffix}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _shared_names(images: list[ImageFile]) -> frozenset[tuple]:

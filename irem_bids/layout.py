@@ -86,8 +86,8 @@ def list_images(root: Path, subjects: list[str], selection: Selection) -> list[I
         found = []
     if any(root not in Path(path).parents for path in indexed):
         raise UserError(
-            f"--bids-database-dir {selection.bids_database_dir}: is of another dataset than {root}; "
-            "give an empty folder or none",
+            f"--bids-database-dir {selection.bids_database_dir}: is of another dataset than "
+            f"{root}; give an empty folder or none",
             ExitCode.USAGE,
         )
     images = [_image(root, Path(path)) for path in found]
