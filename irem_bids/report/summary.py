@@ -190,8 +190,8 @@ def _held_out(material: Material) -> list[Finding]:
         Finding(
             "Held-out voxels",
             bool(worse),
-            f"{_list(worse)} predict(s) voxels that were never trained on worse than plain "
-            f"interpolation does (bspline, {floor:.1f} dB)."
+            "Voxels that were never trained on are predicted worse than by plain interpolation "
+            f"(bspline, {floor:.1f} dB): {_list(worse)}."
             if worse
             else "Every method predicts unseen voxels at least as well as plain interpolation "
             f"(bspline, {floor:.1f} dB).",
