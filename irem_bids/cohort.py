@@ -82,6 +82,7 @@ def run_cohort(
     dataset.write_dataset_files(run.output_dir, dataset_links(bids_dir, settings))
     derivatives.write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
     if reports_only:
+        environment(run, resources)
         outcomes = [_report_again(group, run) for group in discovery.groups]
         return close_run(outcomes, run)
     todo = []
@@ -182,8 +183,6 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
             (place.reports / f"{group.name}.json").unlink(missing_ok=True)
         for failure in folder.glob("*/failure.json"):
             failure.unlink()
-    if run.settings.run.force:
-        shutil.rmtree(place.checkpoints, ignore_errors=True)
     cohort_wf = init_cohort_wf(groups=groups, settings=run.settings, place=place)
     crashes = run.work_dir / "crashes" / run.name
     configure(cohort_wf, run, crashes)
@@ -199,7 +198,8 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
     except Exception as error:
         fault = error
         LOG.debug("the graph ended with an error", exc_info=True)
-    outcomes = [outcome_of(group, place, fault) for group in groups]
+    stopped = run.settings.run.stop_on_first_crash
+    outcomes = [outcome_of(group, place, fault, stopped) for group in groups]
     keep_crashes(crashes, outcomes, run)
     for group, outcome in zip(groups, outcomes, strict=True):
         if outcome.status == "failed":
@@ -305,7 +305,9 @@ def read_plugin(path: str) -> tuple[str, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------- what came of it
-def outcome_of(group: Group, place: Any, fault: BaseException | None) -> Outcome:
+def outcome_of(
+    group: Group, place: Any, fault: BaseException | None, stopped: bool = False
+) -> Outcome:
     """Done if its last step left a result in this run, else failed with the first cause."""
     folder = place.group_folder(group)
     failures = [json.loads(p.read_text()) for p in sorted(folder.glob("*/failure.json"))]
@@ -319,6 +321,8 @@ def outcome_of(group: Group, place: Any, fault: BaseException | None) -> Outcome
         return Outcome(group.name, "done")
     if fault is None:
         cause = "not finished: the plugin returned before it had run (an asynchronous plugin?)"
+    elif stopped:
+        cause = "not finished: --stop-on-first-crash, and another step failed"
     else:
         words = str(fault).strip().splitlines() or [type(fault).__name__]
         cause = f"a step ended without a message (killed? out of memory?): {words[-1]}"
@@ -364,7 +368,6 @@ def _report_again(group: Group, run: Run) -> Outcome:
     if not (reports / f"{group.name}.json").is_file():
         cause = f"--reports-only: nothing of it in the work folder {run.work_dir}"
         return Outcome(group.name, "failed", cause, int(ExitCode.NO_INPUT))
-    derivatives.templateflow_stub(run.work_dir / "templateflow")
     try:
         pages.write_page(group, reports, run.output_dir)
     except Exception as error:

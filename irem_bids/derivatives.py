@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .settings import Settings
+from .settings import MODALITIES, Settings
 
 if TYPE_CHECKING:
     from .bids import Group
@@ -48,7 +48,8 @@ PATTERNS = [
     _START + _SHARED + "[_desc-{desc}]_{suffix<qc>}{extension<.json|.tsv>|.json}",
     _START + _SHARED + "[_desc-{desc}]_{suffix<model>}{extension<.safetensors>|.safetensors}",
 ]
-DATA_LAST = (".nii.gz", ".txt", ".tsv", ".safetensors", ".json")  # the order of publishing
+PUBLISHED = (".nii.gz", ".txt", ".tsv", ".safetensors", ".json")  # the order of publishing
+KEY_HOLDERS = tuple(f"_{suffix}.json" for suffix in MODALITIES)
 STAGING = ".irem-bids-"
 
 
@@ -502,7 +503,8 @@ def save(result: Result, output_dir: Path) -> list[Path]:
     """Write all derivatives of a group; returns their paths.
 
     The sidecars of the reconstructions come last: they hold the keys that say that
-    the group is finished.
+    the group is finished.  Those of an older result with other settings go first, so
+    that a run killed in between is not taken for a finished one.
     """
     staging = output_dir / f"{STAGING}{result.group.name}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -513,10 +515,15 @@ def save(result: Result, output_dir: Path) -> list[Path]:
         for product in products(result, staging / "made"):
             written += sink(product, result.group, base)
         written.sort(key=_publishing_order)
+        for method, key in result.keys.items():
+            if completed_key(output_dir, result.group, method) not in (None, key):
+                (output_dir / sidecar_path(result.group, method)).unlink(missing_ok=True)
         return [publish(path, output_dir / path.relative_to(base)) for path in written]
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _publishing_order(path: Path) -> int:
-    return next(i for i, ending in enumerate(DATA_LAST) if path.name.endswith(ending))
+    """Data before sidecars, and those of the reconstructions, with the keys, at the very end."""
+    order = next(i for i, ending in enumerate(PUBLISHED) if path.name.endswith(ending))
+    return order + path.name.endswith(KEY_HOLDERS)

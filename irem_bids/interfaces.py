@@ -39,6 +39,7 @@ class Step(SimpleInterface):
         folder = Path(runtime.cwd)
         if not LOG.handlers:  # a worker
             log.configure()
+        LOG.info("%s: %s", folder.parent.name.removesuffix("_wf"), folder.name.replace("_", " "))
         try:
             self._work(folder)
         except Exception as error:
@@ -140,6 +141,7 @@ class _OptimiseInput(BaseInterfaceInputSpec):
     method = traits.Str(mandatory=True)
     settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
     checkpoints = Directory(mandatory=True, nohash=True, desc="folder of all checkpoints")
+    afresh = traits.Bool(False, usedefault=True, nohash=True, desc="forget an old checkpoint")
     devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
     use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
     threads = traits.Int(1, usedefault=True, nohash=True)
@@ -168,6 +170,8 @@ class Optimise(Step):
         key = completion.method_key(self.inputs.prepared_key, method, self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
         checkpoint = Path(self.inputs.checkpoints) / key
+        if self.inputs.afresh:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         checkpoint.mkdir(parents=True, exist_ok=True)
         target = folder / "model"
         target.mkdir(exist_ok=True)

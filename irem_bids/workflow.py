@@ -110,8 +110,9 @@ def init_group_wf(*, group: Group, settings: Settings, place: Place) -> Workflow
     )
     folders = Node(Merge(len(methods)), name="folders", run_without_submitting=True)
     keys = Node(Merge(len(methods)), name="keys", run_without_submitting=True)
-    report = Node(Report(reports=str(place.reports), **result), name="report", mem_gb=BASE_GB)
-    save = Node(Save(**result), name="save", mem_gb=BASE_GB)
+    base_gb = min(BASE_GB, place.resources.memory_gb)
+    report = Node(Report(reports=str(place.reports), **result), name="report", mem_gb=base_gb)
+    save = Node(Save(**result), name="save", mem_gb=base_gb)
 
     for number, method in enumerate(methods, start=1):
         optimise, reconstruct = init_method_nodes(
@@ -153,7 +154,11 @@ def init_method_nodes(
         "n_procs": 1 if resources.gpu else resources.threads,
         "mem_gb": memory_gb(group, settings, resources),
     }
-    optimise = Node(Optimise(method=method, **common), name=f"optimise_{method}", **needs)
+    optimise = Node(
+        Optimise(method=method, afresh=settings.run.force, **common),
+        name=f"optimise_{method}",
+        **needs,
+    )
     reconstruct = Node(Reconstruct(**common), name=f"reconstruct_{method}", **needs)
     return optimise, reconstruct
 

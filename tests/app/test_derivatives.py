@@ -257,3 +257,26 @@ def test_names_without_a_pattern_are_refused() -> None:
 def test_table_cells() -> None:
     rows = [{"a": 1.23456789, "b": "x\ty"}, {"a": float("nan"), "c": None}]
     assert derivatives.table_text(rows) == "a\tb\tc\n1.23457\tx y\tn/a\nn/a\tn/a\tn/a\n"
+
+
+def test_older_result_is_disowned_before_it_is_replaced(
+    result: derivatives.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while publishing over an older result: neither key says that it is finished."""
+    derivatives.save(result, tmp_path)
+    newer = replace(result, keys={"irem": "c" * 64, "bspline": "d" * 64})
+
+    def killed(source: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(derivatives, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        derivatives.save(newer, tmp_path)
+    monkeypatch.undo()
+    assert derivatives.completed_key(tmp_path, result.group, "irem") is None
+    written = derivatives.save(newer, tmp_path)
+    assert derivatives.completed_key(tmp_path, result.group, "irem") == "c" * 64
+    assert {path.name for path in written[-2:]} == {
+        "sub-01_desc-irem_T1w.json",
+        "sub-01_desc-bspline_T1w.json",
+    }

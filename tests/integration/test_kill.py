@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Killed in the middle of training and started again: the same image, bit for bit."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+
+from .test_end_to_end import QUICK, make_dataset
+
+IMAGE = "sub-01/anat/sub-01_desc-{}_T1w.nii.gz"
+
+
+def start(folder: Path, output: str, method: str) -> subprocess.Popen:
+    """Start the app in its own process group."""
+    config = folder / "slow.toml"
+    slow = QUICK.replace("epochs = 1.0", "epochs = 30.0")
+    slow = slow.replace("epochs_2021 = 1\n", "epochs_2021 = 3\nbatch_size_2021 = 400\n")
+    config.write_text(slow.replace("batch_size = 2048", "batch_size = 256"))
+    command = [
+        sys.executable, "-m", "irem_bids", str(folder / "bids"), str(folder / output),
+        "participant", "--config-file", str(config), "--method", method,
+        "--work-dir", str(folder / f"work-{output}"),
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        text=True,
+    )
+
+
+def watch(process: subprocess.Popen, output: Path, stop: Callable[[], bool]) -> list[str]:
+    """Look at every visible file as it appears; returns what was wrong with any."""
+    seen: set[tuple[Path, int]] = set()
+    wrong = []
+    while process.poll() is None and not stop():
+        for path in list(output.rglob("*")):
+            if any(part.startswith(".") for part in path.relative_to(output).parts):
+                continue
+            try:
+                stat = path.stat()
+                if not path.is_file() or (path, stat.st_ino) in seen:
+                    continue
+                fault = fault_of(path)
+            except FileNotFoundError:
+                continue
+            seen.add((path, stat.st_ino))
+            if fault:
+                wrong.append(f"{path.name}: {fault}")
+        time.sleep(0.01)
+    return wrong
+
+
+ENDS = {".html": b"</html>", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>"}
+
+
+def fault_of(path: Path) -> str | None:
+    """What a reader of this file would stumble over."""
+    data = path.read_bytes()
+    if ENDS.get(path.suffix, b"") not in data[-200:]:
+        return "has no end"
+    try:
+        if path.name.endswith(".nii.gz"):
+            nib.Nifti1Image.from_bytes(gzip.decompress(data)).get_fdata()
+        elif path.suffix == ".json":
+            json.loads(data)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if data else "is empty"
+
+
+def checkpoints(work: Path) -> list[Path]:
+    return [p for p in (work / "checkpoints").glob("*/**/*") if p.is_file()]
+
+
+def finish(process: subprocess.Popen) -> None:
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+
+
+def content(path: Path) -> str:
+    return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+
+
+@pytest.mark.parametrize("method", ["irem", "irem2021"])
+def test_killed_in_training_and_started_again(tmp_path: Path, method: str) -> None:
+    make_dataset(tmp_path / "bids")
+    whole = start(tmp_path, "whole", method)
+    finish(whole)
+
+    first = start(tmp_path, "killed", method)
+    work, output = tmp_path / "work-killed", tmp_path / "killed"
+    wrong = watch(first, output, lambda: bool(checkpoints(work)))
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL, "it ended before it left a checkpoint"
+    assert not (output / IMAGE.format(method)).exists()
+
+    second = start(tmp_path, "killed", method)
+    wrong += watch(second, output, lambda: False)
+    finish(second)
+    assert wrong == []
+    assert content(output / IMAGE.format(method)) == content(
+        tmp_path / "whole" / IMAGE.format(method)
+    )
+    assert not [p for p in output.rglob(".irem-bids-*") if p.is_dir()]
+    assert checkpoints(work) == []
