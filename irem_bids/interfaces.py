@@ -141,6 +141,7 @@ class _OptimiseInput(BaseInterfaceInputSpec):
     method = traits.Str(mandatory=True)
     settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
     checkpoints = Directory(mandatory=True, nohash=True, desc="folder of all checkpoints")
+    checkpoint_seconds = traits.Float(60.0, usedefault=True, nohash=True)
     afresh = traits.Bool(False, usedefault=True, nohash=True, desc="forget an old checkpoint")
     devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
     use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
@@ -166,7 +167,9 @@ class Optimise(Step):
 
         set_threads(self.inputs.threads)
         method = self.inputs.method
-        settings = Settings.from_dict(self.inputs.settings)
+        settings = Settings.from_dict(self.inputs.settings).updated(
+            {"run": {"checkpoint_seconds": self.inputs.checkpoint_seconds}}
+        )
         key = completion.method_key(self.inputs.prepared_key, method, self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
         checkpoint = Path(self.inputs.checkpoints) / key

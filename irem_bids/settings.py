@@ -257,6 +257,10 @@ class Run:
         "output folder", flags=("-w",), metavar="DIR", nohash=True,
     )
     clean_workdir: bool = option(False, "empty this dataset's work folder after success", nohash=True)
+    checkpoint_seconds: float = option(
+        60.0, "a run that is killed goes on from a checkpoint at most this old",
+        unit="s", low=0.0, nohash=True,
+    )
     force: bool = option(False, "compute finished groups again", nohash=True)
     stop_on_first_crash: bool = option(False, "stop at the first failure", nohash=True)
 

@@ -154,10 +154,11 @@ def init_method_nodes(
         "n_procs": 1 if resources.gpu else resources.threads,
         "mem_gb": memory_gb(group, settings, resources),
     }
+    training = {
+        "checkpoint_seconds": settings.run.checkpoint_seconds, "afresh": settings.run.force
+    }
     optimise = Node(
-        Optimise(method=method, afresh=settings.run.force, **common),
-        name=f"optimise_{method}",
-        **needs,
+        Optimise(method=method, **training, **common), name=f"optimise_{method}", **needs
     )
     reconstruct = Node(Reconstruct(**common), name=f"reconstruct_{method}", **needs)
     return optimise, reconstruct

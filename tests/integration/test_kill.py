@@ -27,7 +27,8 @@ def start(folder: Path, output: str, method: str) -> subprocess.Popen:
     config = folder / "slow.toml"
     slow = QUICK.replace("epochs = 1.0", "epochs = 30.0")
     slow = slow.replace("epochs_2021 = 1\n", "epochs_2021 = 3\nbatch_size_2021 = 400\n")
-    config.write_text(slow.replace("batch_size = 2048", "batch_size = 256"))
+    slow = slow.replace("batch_size = 2048", "batch_size = 256")
+    config.write_text(slow + "checkpoint_seconds = 0.2\n")  # in [run], the last table
     command = [
         sys.executable, "-m", "irem_bids", str(folder / "bids"), str(folder / output),
         "participant", "--config-file", str(config), "--method", method,
