@@ -215,12 +215,36 @@ def citation_keys(text: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"@([a-z]+\d{4}[a-z0-9]*)", text)))
 
 
+def readable(text: str) -> str:
+    """The text with authors and years instead of keys, without marks of Markdown.
+
+    >>> readable("as in `irem` [@wu2021irem; @tustison2010n4]")
+    'as in irem (Wu et al. 2021; Tustison et al. 2010)'
+    """
+    names = {
+        key: f"{author}{' et al.' if ' and ' in others else ''} {year}"
+        for key, author, others, year in re.findall(
+            r"^@\w+\{(\w+),\n  author = \{([^,]+),(.*?)\},\n.*?^  year = \{(\d+)\}",
+            _references(),
+            re.DOTALL | re.MULTILINE,
+        )
+    }
+
+    def cite(match: re.Match[str]) -> str:
+        return "(" + "; ".join(names[key] for key in citation_keys(match.group(0))) + ")"
+
+    return re.sub(r"\[@[^\]]+\]", cite, text).replace("`", "")
+
+
+def _references() -> str:
+    return files(__package__).joinpath("references.bib").read_text(encoding="utf-8")
+
+
 def bibliography(text: str | None = None) -> str:
     """BibTeX of everything that ``text`` cites (of all entries without a text)."""
-    source = files(__package__).joinpath("references.bib").read_text(encoding="utf-8")
     entries = {
         match.group(1): match.group(0)
-        for match in re.finditer(r"^@\w+\{(\w+),\n.*?^\}$", source, re.DOTALL | re.MULTILINE)
+        for match in re.finditer(r"^@\w+\{(\w+),\n.*?^\}$", _references(), re.DOTALL | re.MULTILINE)
     }
     keys = list(entries) if text is None else citation_keys(text)
     return "\n\n".join(entries[key] for key in keys) + "\n"

@@ -381,7 +381,7 @@ class Page:
             metrics=None if prepared is None else prepared.metrics,
         )
         return {
-            "paragraphs": [part for part in text.split("\n\n") if part.strip()],
+            "paragraphs": [p for p in methods.readable(text).split("\n\n") if p.strip()],
             "markdown": text,
             "bibtex": methods.bibliography(text),
         }

@@ -28,7 +28,7 @@ from irem_bids.report import (
     write_citation,
 )
 from irem_bids.report import material as report_material
-from irem_bids.report.methods import citation_keys
+from irem_bids.report.methods import citation_keys, readable
 from irem_bids.settings import Settings
 
 from .report_material import SCALE, group, make_input, prepared, stack
@@ -281,6 +281,13 @@ def test_methods_text_leaves_out_what_did_not_run():
     assert "paszke2019pytorch" not in text
     assert "the positions in their headers were trusted" in text
     assert "was given by a mask" in text
+
+
+def test_readable_text_names_authors():
+    text = readable(methods_text(Settings.from_dict({"output": {"method": ["srr", "irem"]}})))
+    assert "(Gholipour et al. 2010; Ebner et al. 2020)" in text
+    assert "@" not in text
+    assert "`" not in text
 
 
 def test_citation_files(tmp_path):
