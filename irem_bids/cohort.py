@@ -139,12 +139,15 @@ def is_finished(group: Group, output_dir: Path, settings: Settings) -> bool:
     if not all(recorded.values()) or not page_path(group, output_dir).is_file():
         return False
     for method in settings.output.method:
-        if settings.output.model_out and not (
-            output_dir
-            / derivatives.relative_path(
-                group, suffix="model", desc=method, extension=".safetensors"
-            )
-        ).is_file():
+        if (
+            settings.output.model_out
+            and not (
+                output_dir
+                / derivatives.relative_path(
+                    group, suffix="model", desc=method, extension=".safetensors"
+                )
+            ).is_file()
+        ):
             return False
     if settings.output.save_registered and not all(
         (output_dir / derivatives.registered_path(group, stack.label)).is_file()

@@ -230,8 +230,10 @@ def image_sidecar(result: Result, method: str) -> dict[str, Any]:
         "Method": method,
         "RandomSeed": result.settings.run.random_seed,
         "Device": step.get("device", "cpu"),
-        "Seconds": {**_read_json(result.prepared / "step.json").get("seconds", {}),
-                    **step.get("seconds", {})},
+        "Seconds": {
+            **_read_json(result.prepared / "step.json").get("seconds", {}),
+            **step.get("seconds", {}),
+        },
         "Versions": result.provenance.get("versions", {}),
         "Metrics": quality,
         "IremBids": {
@@ -312,9 +314,7 @@ def _mask_product(result: Result) -> Product:
     if "space" in contrast_entity(group, "mask"):
         image = image_path(group, next(iter(result.methods)))
         sidecar["SpatialReference"] = f"bids::{image}"
-    entities = {
-        "suffix": "mask", "desc": "brain" if given else "head", "extension": ".nii.gz"
-    }
+    entities = {"suffix": "mask", "desc": "brain" if given else "head", "extension": ".nii.gz"}
     return Product(folder / "mask.nii.gz", entities, sidecar)
 
 
@@ -410,7 +410,10 @@ def _transforms(result: Result, made: Path) -> list[Product]:
             path = made / f"from-{label}_desc-{desc}_xfm.txt"
             write_text(path, RigidTransform(matrix).inverse().to_itk_text())
             entities = {
-                "from": label, "to": reference, "mode": "image", "suffix": "xfm",
+                "from": label,
+                "to": reference,
+                "mode": "image",
+                "suffix": "xfm",
                 "extension": ".txt",
             }
             files.append(Product(path, {**entities, **({"desc": desc} if desc else {})}))
@@ -432,7 +435,9 @@ def _registered_stacks(result: Result, made: Path) -> list[Product]:
         path = write_image(made / f"{stack.label}.nii.gz", values * prepared.scale, grid)
         sidecar = {"SkullStripped": False, "Sources": [uris[stack.label]]}
         entities = {
-            "acquisition": stack.label, "desc": "registered", "suffix": result.group.suffix,
+            "acquisition": stack.label,
+            "desc": "registered",
+            "suffix": result.group.suffix,
             "extension": ".nii.gz",
         }
         files.append(Product(path, entities, sidecar))

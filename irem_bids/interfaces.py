@@ -32,14 +32,20 @@ FAILURE_FILE = "failure.json"
 LOG = logging.getLogger(log.PACKAGE)
 
 
+class StepInput(BaseInterfaceInputSpec):
+    label = traits.Str("", usedefault=True, nohash=True, desc="the group's name, for the log")
+
+
 class Step(SimpleInterface):
     """An interface whose failure is left in its folder as ``failure.json``."""
+
+    input_spec = StepInput
 
     def _run_interface(self, runtime: Any) -> Any:
         folder = Path(runtime.cwd)
         if not LOG.handlers:  # a worker
             log.configure()
-        LOG.info("%s: %s", folder.parent.name.removesuffix("_wf"), folder.name.replace("_", " "))
+        LOG.info("%s: %s", self.inputs.label, folder.name.replace("_", " "))
         try:
             self._work(folder)
         except Exception as error:
@@ -83,7 +89,7 @@ def set_threads(count: int) -> None:
 
 
 # ---------------------------------------------------------------- normalise, paper 2.1
-class _NormaliseInput(BaseInterfaceInputSpec):
+class _NormaliseInput(StepInput):
     group = traits.Dict(mandatory=True, desc="Group.to_dict")
     settings = traits.Dict(mandatory=True, desc="sections, completion.normalise_settings")
     threads = traits.Int(1, usedefault=True, nohash=True)
@@ -135,7 +141,7 @@ class Normalise(Step):
 
 
 # ----------------------------------------------------------------- optimise, paper 2.2
-class _OptimiseInput(BaseInterfaceInputSpec):
+class _OptimiseInput(StepInput):
     prepared = Directory(mandatory=True)
     prepared_key = traits.Str(mandatory=True)
     method = traits.Str(mandatory=True)
@@ -178,7 +184,7 @@ class Optimise(Step):
         checkpoint.mkdir(parents=True, exist_ok=True)
         target = folder / "model"
         target.mkdir(exist_ok=True)
-        name = f"{folder.parent.name.removesuffix('_wf')} {method}"
+        name = f"{self.inputs.label}: {method}"
         with (
             claimed_device(self.inputs.devices, checkpoint.parent / "locks") as device,
             log.Progress(name) as progress,
@@ -203,7 +209,7 @@ class Optimise(Step):
 
 
 # -------------------------------------------------------------- reconstruct, paper 2.3
-class _ReconstructInput(BaseInterfaceInputSpec):
+class _ReconstructInput(StepInput):
     prepared = Directory(mandatory=True)
     model = Directory(mandatory=True)
     model_key = traits.Str(mandatory=True)
@@ -255,7 +261,7 @@ class Reconstruct(Step):
 
 
 # --------------------------------------------------------------------- report and save
-class _ResultInput(BaseInterfaceInputSpec):
+class _ResultInput(StepInput):
     group = traits.Dict(mandatory=True, desc="Group.to_dict")
     settings = traits.Dict(mandatory=True, desc="all sections, Settings.to_dict")
     prepared = Directory(mandatory=True)

@@ -86,9 +86,7 @@ def available_cpus() -> int:
         quota = _read_numbers(folder / "cpu.max")
         if quota and len(quota) == 2:
             counts.append(quota[0] / quota[1])
-        old, period = (
-            _read_numbers(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")
-        )
+        old, period = (_read_numbers(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if old and period and old[0] > 0 and period[0] > 0:
             counts.append(old[0] / period[0])
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")

@@ -93,6 +93,7 @@ def init_group_wf(*, group: Group, settings: Settings, place: Place) -> Workflow
     described = group.to_dict()
     threads = place.resources.threads
     result = {
+        "label": group.name,
         "group": described,
         "settings": settings.to_dict(),
         "methods": methods,
@@ -102,7 +103,10 @@ def init_group_wf(*, group: Group, settings: Settings, place: Place) -> Workflow
 
     normalise = Node(
         Normalise(
-            group=described, settings=completion.normalise_settings(settings), threads=threads
+            label=group.name,
+            group=described,
+            settings=completion.normalise_settings(settings),
+            threads=threads,
         ),
         name="normalise",
         n_procs=threads,
@@ -144,6 +148,7 @@ def init_method_nodes(
     """Optimise and reconstruct of one method; a GPU node takes one slot and one processor."""
     resources = place.resources
     common = {
+        "label": group.name,
         "settings": completion.method_settings(settings, method),
         "checkpoints": str(place.checkpoints),
         "devices": list(resources.devices),
@@ -154,9 +159,7 @@ def init_method_nodes(
         "n_procs": 1 if resources.gpu else resources.threads,
         "mem_gb": memory_gb(group, settings, resources),
     }
-    training = {
-        "checkpoint_seconds": settings.run.checkpoint_seconds, "afresh": settings.run.force
-    }
+    training = {"checkpoint_seconds": settings.run.checkpoint_seconds, "afresh": settings.run.force}
     optimise = Node(
         Optimise(method=method, **training, **common), name=f"optimise_{method}", **needs
     )

@@ -137,9 +137,7 @@ def test_plugin_file(tmp_path: Path) -> None:
 
 def test_reports_only_needs_the_work_folder(tiny_dataset: Path, tmp_path: Path) -> None:
     discovery = discover(tiny_dataset, SETTINGS)
-    code = cohort.run_cohort(
-        discovery, tiny_dataset, tmp_path / "out", SETTINGS, reports_only=True
-    )
+    code = cohort.run_cohort(discovery, tiny_dataset, tmp_path / "out", SETTINGS, reports_only=True)
     assert code == ExitCode.NO_INPUT
     (table,) = (tmp_path / "out" / "logs").glob("*_groups.tsv")
     assert "nothing of it in the work folder" in table.read_text()

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
+from nipype.interfaces.base import TraitedSpec, traits
 from nipype.pipeline.engine import Node, Workflow
 
 from irem_bids import completion
-from irem_bids.interfaces import Step, failure_code
+from irem_bids.interfaces import Step, StepInput, failure_code
 from irem_bids.plugin import SturdyMultiProc
 from irem_bids.reconstruction.stack import ImageError
 from irem_bids.resources import Resources
@@ -165,7 +165,7 @@ def test_failure_codes(error: Exception, code: int) -> None:
     assert failure_code(error) == code
 
 
-class _DeathInput(BaseInterfaceInputSpec):
+class _DeathInput(StepInput):
     kill = traits.Bool(mandatory=True)
 
 
