@@ -252,7 +252,7 @@ def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
     from ..reconstruction.acquisition import predict
     from ..reconstruction.fields import load_model
 
-    field = load_model(result.folder / "model.safetensors").field
+    field = load_model(result.folder / "model.safetensors").field.eval()
     settings = studio.material.inp.settings.acquisition
     black, white = studio.levels
     span = RESIDUAL_SPAN * (white - black)
