@@ -150,8 +150,11 @@ class Acquisition:
 class Srr:
     """Super-resolution reconstruction: profile-aware, total variation."""
 
-    srr_lambda: float = option(
-        0.02, "weight of total variation against the residual, both in scaled intensity", low=0.0
+    srr_lambda: float | None = option(
+        None,
+        "weight of total variation against the squared residual, both in scaled intensity; "
+        "default: from the noise of the stacks",
+        low=0.0,
     )
     srr_huber: float = option(
         0.01, "width of the Huber smoothing of total variation, scaled intensity", low=1e-6

@@ -3,10 +3,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .geometry import Grid
+
+
+class ModelError(ValueError):
+    """A model file that cannot be read."""
 
 
 class Field(torch.nn.Module):
@@ -25,3 +36,193 @@ class Field(torch.nn.Module):
     def config(self) -> dict[str, Any]:
         """Arguments that rebuild the field, without its weights."""
         raise TypeError("Field is abstract: use one of its kinds")
+
+
+class _Box(Field):
+    """A field that lives in the box of a grid; beyond it, 0."""
+
+    to_unit: Tensor
+
+    def __init__(self, shape: tuple[int, int, int], affine: list[list[float]]) -> None:
+        super().__init__()
+        self.grid = Grid(shape, affine)
+        # world to grid_sample's coordinates: -1 and 1 are the first and last voxel centres
+        scale = 2.0 / np.maximum(np.array(self.grid.shape) - 1, 1)
+        matrix = scale[:, None] * np.linalg.inv(self.grid.affine)[:3]
+        matrix[:, 3] -= 1.0
+        self.register_buffer("to_unit", torch.from_numpy(matrix).float(), persistent=False)
+
+    def config(self) -> dict[str, Any]:
+        return {"shape": list(self.grid.shape), "affine": self.grid.affine.tolist()}
+
+    def unit(self, points: Tensor) -> Tensor:
+        """(N, 3) mm to (N, 3) with the box at [-1, 1], axes in the grid's order."""
+        return points @ self.to_unit[:, :3].T + self.to_unit[:, 3]
+
+
+class GridField(_Box):
+    """A volume with trilinear interpolation."""
+
+    kind: ClassVar[str] = "grid"
+    volume: Tensor
+
+    def __init__(
+        self, shape: tuple[int, int, int], affine: list[list[float]], volume: Tensor | None = None
+    ) -> None:
+        super().__init__(shape, affine)
+        if volume is None:
+            volume = torch.zeros(tuple(shape))
+        self.register_buffer("volume", volume.float())
+
+    def forward(self, points: Tensor) -> Tensor:
+        return _look_up(self.volume[None, None], self.unit(points))[:, 0]
+
+
+class ResidualField(_Box):
+    """The default field: a volume (the linear solution) plus a learned residual.
+
+    The residual is a multiresolution grid of features, trilinear in position, followed by a
+    small network (as in Mueller et al. 2022, dense because a head fills its box).  The
+    last layer starts at 0, so that training starts from the linear solution.
+
+    Parameters
+    ----------
+    shape, affine
+        Grid of the linear solution.
+    finest
+        Voxel of the finest feature grid, mm; each coarser level doubles it.
+    scale
+        Of the residual, scaled intensity.
+    """
+
+    kind: ClassVar[str] = "irem"
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        affine: list[list[float]],
+        *,
+        levels: int,
+        features: int,
+        finest: float,
+        hidden: int,
+        layers: int,
+        scale: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(shape, affine)
+        self.options = {
+            "levels": levels, "features": features, "finest": finest, "hidden": hidden,
+            "layers": layers, "scale": scale,
+        }
+        random = generator or torch.Generator().manual_seed(0)
+        self.base = GridField(shape, affine)
+        extent = (np.array(self.grid.shape) - 1) * self.grid.voxel_size
+        self.tables = torch.nn.ParameterList()
+        for level in range(levels):
+            size = [max(2, int(np.ceil(e / (finest * 2**level))) + 1) for e in extent]
+            table = torch.empty(1, features, *size).uniform_(-1e-2, 1e-2, generator=random)
+            self.tables.append(torch.nn.Parameter(table))
+        self.network = torch.nn.ModuleList()
+        width = levels * features
+        for _ in range(layers):
+            self.network.append(_linear(width, hidden, random))
+            width = hidden
+        last = torch.nn.Linear(width, 1)
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+        self.network.append(last)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), **self.options}
+
+    def residual(self, points: Tensor) -> Tensor:
+        """(N,) what is learned beyond the linear solution."""
+        unit = self.unit(points)
+        hidden = torch.cat([_look_up(table, unit) for table in self.tables], dim=1)
+        for layer in self.network[:-1]:
+            hidden = torch.relu(layer(hidden))
+        return self.options["scale"] * self.network[-1](hidden)[:, 0]
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.base(points) + self.residual(points)
+
+
+def _linear(inputs: int, outputs: int, random: torch.Generator) -> torch.nn.Linear:
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs)
+    torch.nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=random)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _look_up(table: Tensor, unit: Tensor) -> Tensor:
+    """Trilinear look-up: table (1, C, X, Y, Z) at (N, 3) in [-1, 1] to (N, C)."""
+    where = unit.flip(-1).reshape(1, -1, 1, 1, 3)  # grid_sample wants the last axis first
+    values = torch.nn.functional.grid_sample(
+        table, where, mode="bilinear", padding_mode="zeros", align_corners=True
+    )
+    return values.reshape(table.shape[1], -1).T
+
+
+def kinds() -> dict[str, type[Field]]:
+    """Kind of a field to its class."""
+    from .paper2021 import PaperNetwork
+
+    classes: tuple[type[Field], ...] = (GridField, ResidualField, PaperNetwork)
+    return {cls.kind: cls for cls in classes}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained field with the grid it was made for.
+
+    Scaled intensity times ``scale`` is the intensity of the reference stack; ``metadata``
+    holds what the file says beside the field (method, poses, gains, settings ...).
+    """
+
+    field: Field
+    grid: Grid
+    scale: float
+    metadata: dict[str, Any]
+
+
+def save_model(path: Path, field: Field, grid: Grid, scale: float, metadata: dict[str, Any]) -> Path:
+    """Write a field as safetensors (no pickle), whole or not at all."""
+    from safetensors.torch import save_file
+
+    header = {
+        "kind": field.kind, "config": field.config(), "scale": scale, "metadata": metadata,
+        "shape": list(grid.shape), "affine": grid.affine.tolist(),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in field.state_dict().items()}
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    save_file(tensors, temporary, metadata={"irem_bids": json.dumps(header, allow_nan=False)})
+    os.replace(temporary, path)
+    return path
+
+
+def load_model(path: str | Path) -> Model:
+    """Read what :func:`save_model` wrote.
+
+    Raises
+    ------
+    ModelError
+        Not a safetensors file, or not one of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})["irem_bids"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        field = kinds()[header["kind"]](**header["config"])
+        field.load_state_dict(tensors)
+        field.eval()
+        grid = Grid(header["shape"], header["affine"])
+        return Model(field, grid, float(header["scale"]), header["metadata"])
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: there is no such file; expected a model of irem-bids") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"{path}: not a model of irem-bids ({error}); expected a file written with --model-out"
+        ) from error

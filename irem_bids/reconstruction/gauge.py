@@ -23,7 +23,7 @@ from .spline import Spline
 LEVELS = ((4.0, 40_000), (2.0, 80_000), (0.0, 200_000))  # smoothing (mm), points
 DELTA = 0.02  # mm, step of the numerical derivatives
 ROUNDS = 25  # Levenberg-Marquardt steps per level
-STILL = 1e-5  # mm, rad * mm of lever: a smaller step ends a level
+STILL = 1e-4  # mm, rad * mm of lever: a smaller step ends a level
 
 
 @dataclass(frozen=True)

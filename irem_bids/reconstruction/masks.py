@@ -22,7 +22,7 @@ def output_mask(prepared: Prepared, grid: Grid) -> Mask:
     plane = np.indices((1, *grid.shape[1:])).reshape(3, -1).T
     poses = [pose.inverse() for pose in prepared.poses]
     for first in range(grid.shape[0]):
-        points = grid.to_world(plane + [first, 0, 0])
+        points = grid.to_world(plane + np.array([first, 0, 0]))
         for stack, pose in zip(prepared.stacks, poses, strict=True):
             index = stack.grid.to_index(pose.apply(points)).T
             size = np.array(stack.grid.shape)[:, None]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reconstructions without a network: cubic B-spline averaging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates, spline_filter
+
+from .geometry import Grid, RigidTransform
+from .stack import Stack
+
+CHUNK = 2**20
+
+
+def resample_stack(
+    stack: Stack, pose: RigidTransform, grid: Grid, *, order: int = 3
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A stack interpolated by B-splines on ``grid``, and the voxels inside its field of view.
+
+    Voxels outside are 0.  ``pose`` maps the stack's scanner space to reference space.
+    """
+    coefficients = spline_filter(stack.data, order=order, output=np.float32, mode="mirror") if order > 1 else stack.data
+    back = np.linalg.inv(stack.grid.affine) @ pose.inverse().matrix @ grid.affine
+    values = np.zeros(grid.shape, dtype=np.float32)
+    inside = np.zeros(grid.shape, dtype=bool)
+    rows = max(1, CHUNK // (grid.shape[1] * grid.shape[2]))
+    limits = np.array(stack.data.shape)[:, None] - 0.5
+    for start in range(0, grid.shape[0], rows):
+        part = np.indices((min(rows, grid.shape[0] - start), *grid.shape[1:])).reshape(3, -1)
+        part[0] += start
+        index = back[:3, :3] @ part + back[:3, 3:]
+        shape = values[start : start + rows].shape
+        values[start : start + rows] = map_coordinates(
+            coefficients, index, order=order, mode="nearest", prefilter=False, output=np.float32
+        ).reshape(shape)
+        inside[start : start + rows] = ((index >= -0.5) & (index <= limits)).all(axis=0).reshape(shape)
+    values[~inside] = 0
+    return values, inside
+
+
+def bspline(
+    stacks: Sequence[Stack], poses: Sequence[RigidTransform], grid: Grid
+) -> NDArray[np.float32]:
+    """Cubic B-spline up-sampling of each registered stack and their average (paper 3.2).
+
+    Each voxel is the mean over the stacks whose field of view holds it.
+    """
+    total = np.zeros(grid.shape, dtype=np.float32)
+    count = np.zeros(grid.shape, dtype=np.uint8)
+    for stack, pose in zip(stacks, poses, strict=True):
+        values, inside = resample_stack(stack, pose, grid)
+        total += values
+        count += inside
+    return total / np.maximum(count, 1)

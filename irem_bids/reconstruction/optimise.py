@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stacks in one space to a continuous field (paper 2.2), by any of the methods."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..settings import Settings
+from .acquisition import StackModel, interpolation_matrix, predict
+from .baselines import bspline
+from .checkpoint import load_state, save_state
+from .fields import Field, GridField, ResidualField, load_model, save_model
+from .geometry import Grid, RigidTransform
+from .linear import Prior, System, refine, solve
+from .prepare import Prepared, write_json
+from .registration import ncc
+from .training import Progress, Samples, Training, quadratures
+
+STRENGTH = 9.0  # default weight of total variation over the stacks' mean noise variance
+COARSE = 2.0  # voxel of the first, coarse solution over the result's
+
+
+@dataclass
+class Fit:
+    """A trained field with the poses and gains that belong to it.
+
+    ``poses``: label of a stack to its pose (scanner space to reference space);
+    ``gains``: label to gain, the reference's is 1; ``history``: the curves ``step``/``loss``
+    and ``held_out_step``/``held_out`` (mean squared errors); ``info``: seconds, device,
+    strength of the penalty and the like.
+    """
+
+    method: str
+    field: Field
+    grid: Grid
+    scale: float
+    poses: dict[str, RigidTransform]
+    gains: dict[str, float]
+    history: dict[str, list[float]]
+    info: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the field, JSON-safe."""
+        return {
+            "method": self.method,
+            "poses": {label: pose.matrix.tolist() for label, pose in self.poses.items()},
+            "gains": self.gains,
+            "history": self.history,
+            "info": self.info,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``model.safetensors`` and, last, ``fit.json``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "model.safetensors"
+        save_model(path, self.field, self.grid, self.scale, self.record())
+        write_json(folder / "fit.json", self.record())
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Fit:
+        """Read what :meth:`save` wrote."""
+        folder = Path(folder)
+        model = load_model(folder / "model.safetensors")
+        record = json.loads((folder / "fit.json").read_text())
+        return cls(
+            record["method"], model.field, model.grid, model.scale,
+            {label: RigidTransform(m) for label, m in record["poses"].items()},
+            record["gains"], record["history"], record["info"],
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method gets."""
+
+    prepared: Prepared
+    grid: Grid
+    settings: Settings
+    device: str
+    checkpoint: Path | None
+    progress: Progress | None
+
+    def tell(self, fraction: float, message: str) -> None:
+        """Report progress, if anybody listens."""
+        if self.progress:
+            self.progress(fraction, message)
+
+    def part(self, start: float, end: float, name: str) -> Progress:
+        """Progress of a part of the job."""
+        return lambda fraction, text: self.tell(start + (end - start) * fraction, f"{name}: {text}")
+
+    @property
+    def uses(self) -> list[np.ndarray]:
+        """Per stack the voxels that are trained on."""
+        pairs = zip(self.prepared.stacks, self.prepared.held_out, strict=True)
+        return [stack.mask & ~held for stack, held in pairs]
+
+
+def fit(
+    method: str,
+    prepared: Prepared,
+    grid: Grid,
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Fit:
+    """Fit one method's field to the stacks.
+
+    Parameters
+    ----------
+    method
+        One of ``irem``, ``irem2021``, ``srr``, ``bspline``.
+    grid
+        Of the result; the linear solutions live on it.
+    checkpoint
+        Folder for the state of an unfinished training; found again, it goes on from there,
+        on the CPU with the same result to the bit.
+    """
+    methods: dict[str, Callable[[Job], Fit]] = {
+        "irem": _fit_irem, "irem2021": _fit_irem2021, "srr": _fit_srr, "bspline": _fit_bspline
+    }
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(methods)}")
+    torch.manual_seed(settings.run.random_seed)
+    started = time.monotonic()
+    result = methods[method](Job(prepared, grid, settings, device, checkpoint, progress))
+    result.info |= {"device": device, "seconds": round(time.monotonic() - started, 3)}
+    result.field = result.field.to("cpu").eval()
+    return result
+
+
+def _result(job: Job, method: str, field: Field, **found: Any) -> Fit:
+    labels = [stack.label for stack in job.prepared.stacks]
+    poses = found.get("poses", job.prepared.poses)
+    gains = found.get("gains", [1.0] * len(labels))
+    return Fit(
+        method, field, job.grid, job.prepared.scale,
+        dict(zip(labels, poses, strict=True)),
+        {label: float(g) for label, g in zip(labels, gains, strict=True)},
+        found.get("history", {}), found.get("info", {}),
+    )
+
+
+def _grid_field(grid: Grid, volume: Tensor) -> GridField:
+    return GridField(grid.shape, grid.affine.tolist(), volume.cpu())
+
+
+def _fit_bspline(job: Job) -> Fit:
+    volume = bspline(job.prepared.stacks, job.prepared.poses, job.grid)
+    return _result(job, "bspline", _grid_field(job.grid, torch.from_numpy(volume)))
+
+
+def _fit_srr(job: Job) -> Fit:
+    linear = solve_linear(job, refined=False, progress=job.part(0, 1, "srr"))
+    return _result(job, "srr", _grid_field(job.grid, linear.volume), info=linear.info)
+
+
+# ------------------------------------------------------------------- linear solution
+@dataclass
+class Linear:
+    """The profile-aware solution: volume (X, Y, Z), and the system that it solves."""
+
+    volume: Tensor
+    system: System
+    info: dict[str, Any]
+
+
+def build_system(job: Job, grid: Grid, poses: list[RigidTransform], gains: list[float]) -> System:
+    """The stacks' linear models on ``grid``; voxels seen by no stack stay 0."""
+    prepared, kind = job.prepared, job.settings.acquisition.profile
+    models = [
+        StackModel(stack, use, grid, kind, job.device)
+        for stack, use in zip(prepared.stacks, job.uses, strict=True)
+    ]
+    noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
+    variance = np.maximum(noise, 1e-4) ** 2
+    confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
+    system = System(
+        models, list(poses), list(gains), [float(c) for c in confidence],
+        torch.empty(0), prepared.reference,
+    )
+    system.place()
+    seen = torch.stack([model.coverage() for model in models]).sum(0)
+    system.domain = (seen > 1e-3).float().reshape(grid.shape)
+    return system
+
+
+def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
+    """The setting, or a multiple of the stacks' mean noise variance."""
+    weight = settings.srr.srr_lambda
+    if weight is None:
+        noise = np.array(list(prepared.metrics["noise"].values()))
+        weight = STRENGTH * float(np.mean(np.maximum(noise, 1e-3) ** 2))
+    return Prior(weight, settings.srr.srr_huber)
+
+
+def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
+    """Coarse then fine; with ``refined``, poses and gains along with the image."""
+    options, prior = job.settings.srr, penalty_strength(job.prepared, job.settings)
+    coarse = job.grid.resampled(COARSE * float(job.grid.voxel_size[0]))
+    system = build_system(job, coarse, list(job.prepared.poses), [1.0] * len(job.prepared.stacks))
+    start = torch.zeros(coarse.shape, device=job.device)
+    volume = solve(system, start, prior, iterations=20, reweightings=2)
+    progress(0.2, "coarse solution")
+    steps: list[float] = []
+    rounds = job.settings.irem.pose_rounds if refined else 0
+    if rounds:
+        volume, steps = refine(
+            system, volume, prior, rounds=rounds, iterations=10, reweightings=1,
+            progress=lambda f: progress(0.2 + 0.2 * f, "poses and gains"),
+        )
+    poses, gains = system.poses, system.gains
+    del system
+    volume = _carry(volume, coarse, job.grid)
+    system = build_system(job, job.grid, poses, gains)
+    progress(0.5, "fine grid")
+    if rounds:
+        volume = solve(system, volume, prior, iterations=10, reweightings=1)
+        volume, more = refine(system, volume, prior, rounds=2, iterations=8, reweightings=1)
+        steps += more
+    volume = solve(
+        system, volume, prior, iterations=options.srr_iterations,
+        reweightings=options.srr_reweightings,
+        progress=lambda f: progress(0.6 + 0.4 * f, "fine solution"),
+    )
+    return Linear(volume, system, {"penalty": asdict(prior), "pose_steps_mm": steps})
+
+
+def _carry(volume: Tensor, coarse: Grid, fine: Grid) -> Tensor:
+    """A volume on a finer grid (trilinear), slab by slab."""
+    flat, out = volume.reshape(-1).cpu().numpy(), np.empty(fine.shape, dtype=np.float32)
+    plane = np.indices((1, *fine.shape[1:])).reshape(3, -1).T
+    for x in range(fine.shape[0]):
+        index = coarse.to_index(fine.to_world(plane + [x, 0, 0]))
+        index = np.clip(index, 0, np.array(coarse.shape) - 1.0001)
+        out[x] = (interpolation_matrix(index, coarse.shape) @ flat).reshape(fine.shape[1:])
+    return torch.from_numpy(out).to(volume.device)
+
+
+# ------------------------------------------------------------------------------ irem
+def _fit_irem(job: Job) -> Fit:
+    linear = _linear_or_saved(job)
+    train = _samples(job, linear, job.uses)
+    held = _samples(job, linear, list(job.prepared.held_out))
+    options = job.settings.irem
+    field = ResidualField(
+        job.grid.shape, job.grid.affine.tolist(),
+        levels=options.levels, features=options.features,
+        finest=options.finest * float(job.grid.voxel_size[0]),
+        hidden=options.hidden, layers=options.layers,
+        scale=float(train.targets.double().std()) or 1e-3,
+        generator=torch.Generator().manual_seed(job.settings.run.random_seed),
+    )
+    field.base.volume.copy_(linear.volume)
+    training = Training(
+        field, train, held, quadratures(list(job.prepared.stacks), job.settings),
+        linear.system.gains, job.settings, job.device,
+    )
+    path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
+    training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
+    info = linear.info | {"steps": training.steps, "parameters": _count(field)}
+    return _result(
+        job, "irem", field, poses=linear.system.poses, gains=linear.system.gains,
+        history=training.history, info=info,
+    )
+
+
+def _count(field: Field) -> int:
+    return sum(p.numel() for p in field.parameters())
+
+
+def _linear_or_saved(job: Job) -> Linear:
+    """The linear solution with refined poses, from the checkpoint where there is one."""
+    path = None if job.checkpoint is None else job.checkpoint / "linear.safetensors"
+    found = load_state(path) if path else None
+    if found is None:
+        refined = job.settings.irem.refine_poses and job.settings.normalise.registration
+        linear = solve_linear(job, refined=refined, progress=job.part(0.0, 0.5, "linear"))
+        if path is not None:
+            record = {
+                "poses": [p.matrix.tolist() for p in linear.system.poses],
+                "gains": linear.system.gains,
+                "info": linear.info,
+            }
+            save_state(path, {"volume": linear.volume}, record)
+        return linear
+    tensors, record = found
+    poses = [RigidTransform(m) for m in record["poses"]]
+    system = build_system(job, job.grid, poses, record["gains"])
+    return Linear(tensors["volume"].to(job.device), system, record["info"])
+
+
+def _samples(job: Job, linear: Linear, uses: list[np.ndarray]) -> Samples:
+    """Voxels with the residual of the linear solution as their target."""
+    residuals, flat = [], linear.volume.reshape(-1)
+    kind = job.settings.acquisition.profile
+    for index, (stack, use) in enumerate(zip(job.prepared.stacks, uses, strict=True)):
+        model = StackModel(stack, use, job.grid, kind, job.device)
+        model.set_pose(linear.system.poses[index])
+        residuals.append(model.values - linear.system.gains[index] * model.forward(flat))
+    return Samples(list(job.prepared.stacks), uses, linear.system.poses, residuals, job.device)
+
+
+# -------------------------------------------------------------------------- irem2021
+def _fit_irem2021(job: Job) -> Fit:
+    from .paper2021 import fit_paper
+
+    options, prepared = job.settings.irem2021, job.prepared
+    uses = job.uses
+    if options.background:
+        uses = [~held for held in prepared.held_out]
+    points, values = _voxels(prepared, uses)
+    field, history = fit_paper(
+        points, values, options,
+        seed=job.settings.run.random_seed, device=job.device, checkpoint=job.checkpoint,
+        progress=job.part(0, 1, "irem2021"),
+        held_out=_voxels(prepared, list(prepared.held_out)),
+        checkpoint_seconds=job.settings.run.checkpoint_seconds,
+    )
+    return _result(job, "irem2021", field, history=history, info={"parameters": _count(field)})
+
+
+def _voxels(prepared: Prepared, uses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (N, 3) in reference space, mm, and scaled intensities (N,)."""
+    rows = list(zip(prepared.stacks, prepared.poses, uses, strict=True))
+    points = [pose.apply(s.grid.to_world(np.argwhere(use))) for s, pose, use in rows]
+    return np.concatenate(points), np.concatenate([s.data[use] for s, _, use in rows])
+
+
+# --------------------------------------------------------------------------- quality
+def quality(prepared: Prepared, result: Fit, settings: Settings) -> dict[str, Any]:
+    """Metrics that need no truth.
+
+    ``held_out_psnr`` (dB, peak 1 = the percentile of the foreground that intensities are
+    scaled to) and ``held_out_ncc``: prediction of the voxels that were never trained on.
+    ``self_consistency``: per stack the NCC between acquired and predicted foreground;
+    ``residual``: per stack the root mean square residual, scaled intensity.
+    ``rotation_deg``, ``translation_mm``: per stack, of its pose about the head's centre.
+    """
+    acquired, predicted = [], []
+    consistency, residual, turn, shift = {}, {}, {}, {}
+    profile = settings.acquisition
+    if result.method in ("bspline", "irem2021"):
+        profile = type(profile)(profile="none")  # these fit point samples
+    centre = _centre(prepared)
+    for stack, held in zip(prepared.stacks, prepared.held_out, strict=True):
+        pose, gain = result.poses[stack.label], result.gains[stack.label]
+        image = predict(result.field, stack, pose, gain, profile)
+        acquired.append(stack.data[held])
+        predicted.append(image[held])
+        consistency[stack.label] = ncc(stack.data[stack.mask], image[stack.mask])
+        error = (stack.data - image)[stack.mask].astype(np.float64)
+        residual[stack.label] = float(np.sqrt(np.mean(error**2)))
+        vector = pose.to_vector(centre)
+        turn[stack.label] = float(np.rad2deg(np.linalg.norm(vector[:3])))
+        shift[stack.label] = float(np.linalg.norm(vector[3:]))
+    a, b = np.concatenate(acquired), np.concatenate(predicted)
+    error = float(np.mean((a.astype(np.float64) - b) ** 2)) if len(a) else float("nan")
+    return {
+        "held_out_psnr": float(-10 * np.log10(error)) if error > 0 else None,
+        "held_out_ncc": ncc(a, b) if len(a) else None,
+        "held_out_voxels": len(a),
+        "self_consistency": consistency,
+        "residual": residual,
+        "rotation_deg": turn,
+        "translation_mm": shift,
+        "gain": dict(result.gains),
+    }
+
+
+def _centre(prepared: Prepared) -> np.ndarray:
+    stack = prepared.stacks[prepared.reference]
+    return stack.grid.to_world(np.argwhere(stack.mask).mean(axis=0))

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the default field: what the linear solution leaves unexplained.
+
+The loss of a batch of acquired voxels, at the poses and gains that were refined with the
+linear solution,
+
+    mean (r - g sum_q w_q R(p_q))^2 + beta mean sqrt((dF_q / dz)^2 + width^2)
+
+with r the residual of the linear solution, R the learned residual, p_q the profile's points
+in reference space and dF_q differences of the whole field between neighbouring points.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..settings import Settings
+from .acquisition import Quadrature, profile_nodes
+from .checkpoint import load_state, save_state
+from .fields import ResidualField
+from .geometry import RigidTransform
+from .stack import Mask, Stack
+
+Progress = Callable[[float, str], None]
+LOG_EVERY = 20  # steps
+CHECKS = 8  # evaluations of the held-out voxels in all
+
+
+class Samples:
+    """Acquired voxels of all stacks, on the device: positions, targets, normals.
+
+    Attributes
+    ----------
+    centres
+        (N, 3) voxel centres in reference space, mm.
+    targets
+        (N,) residuals of the linear solution, scaled intensity.
+    stack
+        (N,) index of the stack.
+    """
+
+    def __init__(
+        self,
+        stacks: list[Stack],
+        uses: list[Mask],
+        poses: list[RigidTransform],
+        residuals: list[Tensor],
+        device: str,
+    ) -> None:
+        centres, number = [], []
+        for index, (stack, use, pose) in enumerate(zip(stacks, uses, poses, strict=True)):
+            points = pose.apply(stack.grid.to_world(np.argwhere(use)))
+            centres.append(torch.from_numpy(points).float())
+            number.append(torch.full((len(points),), index))
+        normals = [p.matrix[:3, :3] @ s.normal for s, p in zip(stacks, poses, strict=True)]
+        self.centres = torch.cat(centres).to(device)
+        self.stack = torch.cat(number).to(device)
+        self.targets = torch.cat(residuals).to(device)
+        self.normals = torch.from_numpy(np.stack(normals)).float().to(device)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Training:
+    """Adam on batches of voxels; its whole state can be saved and taken up again."""
+
+    def __init__(
+        self,
+        field: ResidualField,
+        samples: Samples,
+        held_out: Samples,
+        quadratures: list[Quadrature],
+        gains: list[float],
+        settings: Settings,
+        device: str,
+    ) -> None:
+        self.field = field.to(device)
+        self.samples, self.held_out, self.device = samples, held_out, device
+        self.options = settings.irem
+        self.offsets = _stacked([q.offsets for q in quadratures], device)
+        self.weights = _stacked([q.weights for q in quadratures], device)
+        self.gains = torch.tensor(gains, dtype=torch.float32, device=device)
+        self.optimiser = torch.optim.Adam(
+            [p for p in field.parameters() if p.requires_grad],
+            lr=self.options.learning_rate, betas=(0.9, 0.99), eps=1e-15,
+        )
+        self.random = torch.Generator().manual_seed(settings.run.random_seed)
+        self.width = settings.srr.srr_huber
+        self.batches = max(1, -(-len(samples) // self.options.batch_size))
+        self.steps = round(self.options.epochs * self.batches)
+        self.step = 0
+        self.history: dict[str, list[float]] = {
+            "step": [], "loss": [], "held_out_step": [], "held_out": []
+        }
+        self.best = float("inf")
+        self.best_state: dict[str, Tensor] = {}
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.sum_loss = 0.0
+
+    def run(self, path: Path | None, seconds: float, progress: Progress | None) -> None:
+        """All steps that are left; a checkpoint at ``path`` every ``seconds``."""
+        if path is not None:
+            self.resume(path)
+        if self.step == 0:
+            self.check()
+        last = time.monotonic()
+        check_every = max(1, self.steps // CHECKS)
+        while self.step < self.steps:
+            self.advance()
+            if self.step % check_every == 0 or self.step == self.steps:
+                self.check()
+            if progress:
+                progress(self.step / self.steps, f"step {self.step} of {self.steps}")
+            if path is not None and time.monotonic() - last >= seconds:
+                self.save(path)
+                last = time.monotonic()
+        self.field.load_state_dict(self.best_state)
+
+    def advance(self) -> None:
+        """One step of Adam; the learning rate falls to a tenth along a cosine."""
+        place = self.step % self.batches
+        if place == 0:
+            self.order = torch.randperm(len(self.samples), generator=self.random)
+        size = self.options.batch_size
+        batch = self.order[place * size : (place + 1) * size].to(self.device)
+        share = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * self.step / max(self.steps, 1)))
+        self.optimiser.param_groups[0]["lr"] = self.options.learning_rate * float(share)
+        loss = self.loss(self.samples, batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.step += 1
+        if self.step % LOG_EVERY == 0 or self.step == self.steps:
+            value = float(loss.detach())
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value} at step {self.step}; lower --learning-rate"
+                )
+            self.history["step"].append(self.step)
+            self.history["loss"].append(value)
+
+    def predict(self, samples: Samples, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted residual (B,), learned residual (B, Q) and the points (B, Q, 3)."""
+        which = samples.stack[batch]
+        along = self.offsets[which][:, :, None] * samples.normals[which][:, None, :]
+        points = samples.centres[batch][:, None, :] + along
+        values = self.field.residual(points.reshape(-1, 3)).reshape(points.shape[:2])
+        return self.gains[which] * (self.weights[which] * values).sum(1), values, points
+
+    def loss(self, samples: Samples, batch: Tensor) -> Tensor:
+        """Of a batch of voxels, indices (B,)."""
+        predicted, values, points = self.predict(samples, batch)
+        data = torch.mean((samples.targets[batch] - predicted) ** 2)
+        if self.options.penalty == 0 or values.shape[1] < 2:
+            return data
+        with torch.no_grad():
+            base = self.field.base(points.reshape(-1, 3)).reshape(values.shape)
+        step = (self.offsets[:, 1] - self.offsets[:, 0]).clamp_min(1e-3)
+        slope = (base + values).diff(dim=1) / step[samples.stack[batch]][:, None]
+        edges = torch.sqrt(slope**2 + self.width**2).mean()
+        return data + self.options.penalty * self.field.options["scale"] * edges
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Mean squared error of the held-out voxels; the best state so far is kept."""
+        total = 0.0
+        for start in range(0, len(self.held_out), 65536):
+            batch = torch.arange(start, min(start + 65536, len(self.held_out)), device=self.device)
+            predicted, _, _ = self.predict(self.held_out, batch)
+            total += float(((self.held_out.targets[batch] - predicted).double() ** 2).sum())
+        error = total / max(1, len(self.held_out))
+        self.history["held_out_step"].append(self.step)
+        self.history["held_out"].append(error)
+        if error < self.best or not self.best_state:
+            self.best = error
+            self.best_state = {k: v.clone() for k, v in self.field.state_dict().items()}
+
+    def save(self, path: Path) -> None:
+        """The whole state, so that going on gives the same numbers (on the CPU)."""
+        tensors = {f"field.{k}": v for k, v in self.field.state_dict().items() if k != "base.volume"}
+        tensors |= {f"best.{k}": v for k, v in self.best_state.items() if k != "base.volume"}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= {"random": self.random.get_state(), "order": self.order}
+        record = {"step": self.step, "best": self.best, "history": self.history}
+        save_state(path, tensors, record)
+
+    def resume(self, path: Path) -> bool:
+        """Take up a saved state; False where there is none."""
+        found = load_state(path)
+        if found is None:
+            return False
+        tensors, record = found
+        volume = {"base.volume": self.field.base.volume}
+        self.field.load_state_dict(_part(tensors, "field.") | volume)
+        self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()} | volume
+        adam: dict[int, dict[str, Any]] = {}
+        for name, value in _part(tensors, "adam.").items():
+            index, key = name.split(".", 1)
+            adam.setdefault(int(index), {})[key] = value
+        state = self.optimiser.state_dict()
+        self.optimiser.load_state_dict({**state, "state": adam})
+        self.random.set_state(tensors["random"])
+        self.order = tensors["order"]
+        self.step, self.best, self.history = record["step"], record["best"], record["history"]
+        return True
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _stacked(rows: list[np.ndarray], device: str) -> Tensor:
+    return torch.from_numpy(np.stack(rows)).float().to(device)
+
+
+def quadratures(stacks: list[Stack], settings: Settings) -> list[Quadrature]:
+    """One quadrature a stack, all with the same number of points."""
+    options = settings.acquisition
+    return [
+        profile_nodes(options.profile, stack.slice_thickness, options.profile_points)
+        for stack in stacks
+    ]
