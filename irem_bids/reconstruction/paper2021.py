@@ -156,7 +156,7 @@ class PaperNetwork(Field):
         """Weight and bias of each layer with the batch normalisation behind it multiplied in."""
         if self._folded is None:
             pairs = []
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 for index, layer in enumerate(self.linears):
                     linear = cast(torch.nn.Linear, layer)
                     weight, bias = linear.weight.double(), linear.bias.double()

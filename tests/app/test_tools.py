@@ -9,10 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from irem_bids import tools
 from irem_bids.exitcodes import ExitCode
-from irem_bids.reconstruction.geometry import RigidTransform
+from irem_bids.reconstruction.fields import load_model, save_model
+from irem_bids.reconstruction.geometry import Grid, RigidTransform
+from irem_bids.reconstruction.paper2021 import PaperNetwork
 from irem_bids.reconstruction.simulated_dataset import read_truth
 from irem_bids.reconstruction.spline import Spline
 from irem_bids.reconstruction.stack import read_image, write_image
@@ -183,6 +186,43 @@ def test_mistakes_with_evaluate(arguments, code, message, truth_file, tmp_path, 
 )
 def test_mistakes_with_sample(arguments, code, message, truth_file, tmp_path, capsys):
     check_mistake(tools.sample_main, arguments, code, message, (truth_file, tmp_path, capsys))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A trained field as the app writes it; (file, its grid)."""
+    network = PaperNetwork((0.0, 0.0, 0.0), 30.0, {"width": 16, "fourier_features": 8})
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = (-20, -24, -16)
+    grid = Grid((11, 13, 9), affine)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    return save_model(path, network, grid, 250.0, {}), grid
+
+
+def test_sample_on_a_finer_grid(model, tmp_path, capsys):
+    path, grid = model
+    out = tmp_path / "fine.nii.gz"
+    assert tools.sample_main([str(path), str(out), "--resolution", "2"]) == 0
+    assert "22 x 26 x 18 voxels" in capsys.readouterr().out
+    data, fine = read_image(out)
+    assert fine.voxel_size == pytest.approx(2)
+    assert fine.centre == pytest.approx(grid.centre)
+    points = torch.tensor(fine.to_world([[3, 4, 5], [20, 1, 9]]), dtype=torch.float32)
+    with torch.no_grad():
+        expected = 250 * load_model(path).field.eval()(points)
+    assert data[[3, 20], [4, 1], [5, 9]] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-3)
+    assert data.std() > 0
+
+
+def test_sample_on_the_grid_of_an_image_or_its_own(model, truth_file, tmp_path, capsys):
+    path, grid = model
+    own, like = tmp_path / "own.nii", tmp_path / "like.nii.gz"
+    assert tools.sample_main([str(path), str(own)]) == 0
+    assert read_image(own)[1] == grid
+    assert tools.sample_main([str(path), str(like), "--like", str(truth_file)]) == 0
+    assert read_image(like)[1] == head()[1]
+    assert tools.sample_main([str(truth_file), str(own)]) == ExitCode.BAD_DATA
+    assert "irem-bids-sample: error" in capsys.readouterr().err
 
 
 def check_mistake(program, arguments, code, message, places):

@@ -183,7 +183,11 @@ def test_folded_batch_norm_gives_the_same_image():
     points, values = samples()
     network, _ = fit_paper(points, values, SMALL, seed=1)
     where = torch.as_tensor(points, dtype=torch.float32)
-    folded = network(where)
+    with torch.inference_mode():
+        network(where)  # what is folded here serves later, with gradients, too
+    folded = network(where.requires_grad_())
+    folded.sum().backward()
+    assert float(where.grad.abs().max()) > 0
     features = network.features(where)
     x = features
     for i, linear in enumerate(network.linears):
