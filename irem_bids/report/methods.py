@@ -134,11 +134,16 @@ def _normalise(settings: Settings, metrics: Mapping[str, Any], versions: Mapping
 
 def _srr(settings: Settings) -> str:
     chosen = settings.srr
+    weight = (
+        "weight from the noise of the stacks"
+        if chosen.srr_lambda is None
+        else f"weight {chosen.srr_lambda:g}"
+    )
     return (
         "The method `srr` finds the image whose simulated slices, computed with "
         f"{PROFILES[settings.acquisition.profile]}, are nearest to the acquired ones in the "
         "least-squares sense under a total-variation penalty "
-        f"(weight {chosen.srr_lambda:g}, Huber width {chosen.srr_huber:g}; "
+        f"({weight}, Huber width {chosen.srr_huber:g}; "
         f"{chosen.srr_iterations} conjugate-gradient iterations, {chosen.srr_reweightings} "
         "reweightings), in the tradition of slice-to-volume super-resolution "
         "[@gholipour2010robust; @ebner2020automated]."
