@@ -16,12 +16,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, completion, dataset, derivatives
-from .bids import Discovery, Group, dataset_links
+from . import __version__, completion, dataset, derivatives, paths
+from .atomic import write_text
+from .bids import Discovery, dataset_links
 from .config import settings_to_toml
 from .exitcodes import ExitCode, UserError
+from .groups import Group
+from .products import Result
 from .resources import Resources, resolve
 from .settings import Settings
+from .tables import run_group, table_text
+
+__all__ = ["run_cohort", "run_group"]
 
 LOG = logging.getLogger("irem_bids")
 PACKAGES = (
@@ -80,7 +86,7 @@ def run_cohort(
     resources = resolve(settings.run)
     run = open_run(bids_dir, output_dir, settings)
     dataset.write_dataset_files(run.output_dir, dataset_links(bids_dir, settings))
-    derivatives.write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
+    write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
     if reports_only:
         environment(run, resources)
         outcomes = [_report_again(group, run) for group in discovery.groups]
@@ -135,23 +141,20 @@ def provenance(name: str) -> dict[str, Any]:
 
 def is_finished(group: Group, output_dir: Path, settings: Settings) -> bool:
     """Every file asked for is there, made of these inputs with these settings."""
-    recorded = {m: derivatives.completed_key(output_dir, group, m) for m in settings.output.method}
-    if not all(recorded.values()) or not page_path(group, output_dir).is_file():
+    recorded = {m: paths.completed_key(output_dir, group, m) for m in settings.output.method}
+    if not all(recorded.values()) or not paths.page_path(group, output_dir).is_file():
         return False
     for method in settings.output.method:
         if (
             settings.output.model_out
             and not (
                 output_dir
-                / derivatives.relative_path(
-                    group, suffix="model", desc=method, extension=".safetensors"
-                )
+                / paths.relative_path(group, suffix="model", desc=method, extension=".safetensors")
             ).is_file()
         ):
             return False
     if settings.output.save_registered and not all(
-        (output_dir / derivatives.registered_path(group, stack.label)).is_file()
-        for stack in group.stacks
+        (output_dir / paths.registered_path(group, stack.label)).is_file() for stack in group.stacks
     ):
         return False
     try:
@@ -162,12 +165,6 @@ def is_finished(group: Group, output_dir: Path, settings: Settings) -> bool:
         key == completion.method_key(inputs, method, completion.method_settings(settings, method))
         for method, key in recorded.items()
     )
-
-
-def page_path(group: Group, output_dir: Path) -> Path:
-    """The HTML page of a group's participant and session."""
-    session = f"_ses-{group.session}" if group.session else ""
-    return output_dir / f"sub-{group.subject}{session}.html"
 
 
 # ----------------------------------------------------------------------- the graph
@@ -218,7 +215,7 @@ def environment(run: Run, resources: Resources) -> None:
     level = "INFO" if LOG.isEnabledFor(logging.DEBUG) else "CRITICAL"
     names = ("workflow", "interface", "utils")
     config = "\n".join(["[logging]", *(f"{name}_level = {level}" for name in names)])
-    derivatives.write_text(run.work_dir / "nipype" / "nipype.cfg", config + "\n")
+    write_text(run.work_dir / "nipype" / "nipype.cfg", config + "\n")
     os.environ["NIPYPE_CONFIG_DIR"] = str(run.work_dir / "nipype")
     os.environ["NIPYPE_NO_ET"] = "1"
     os.environ["NO_ET"] = "1"
@@ -349,7 +346,7 @@ def report_failure(group: Group, outcome: Outcome, place: Any, settings: Setting
     methods = {
         method: folder / f"reconstruct_{method}" / "result" for method in settings.output.method
     }
-    result = derivatives.Result(
+    result = Result(
         group=group,
         prepared=folder / "normalise" / "prepared",
         methods={method: path for method, path in methods.items() if path.is_dir()},
@@ -383,7 +380,7 @@ def keep_crashes(crashes: Path, outcomes: Sequence[Outcome], run: Run) -> None:
     """Copy crash texts to the logs, whole or not at all."""
     for number, crash in enumerate(sorted(crashes.glob("crash-*.txt")), start=1):
         text = crash.read_text(errors="replace")
-        derivatives.write_text(run.logs / f"{run.name}_crash-{number}.txt", text)
+        write_text(run.logs / f"{run.name}_crash-{number}.txt", text)
 
 
 def close_run(outcomes: Sequence[Outcome], run: Run) -> ExitCode:
@@ -392,7 +389,7 @@ def close_run(outcomes: Sequence[Outcome], run: Run) -> ExitCode:
         {"group": o.name, "status": o.status, "code": o.code, "cause": o.cause} for o in outcomes
     ]
     if rows:
-        derivatives.write_text(run.logs / f"{run.name}_groups.tsv", derivatives.table_text(rows))
+        write_text(run.logs / f"{run.name}_groups.tsv", table_text(rows))
     write_citation(run)
     width = max((len(o.name) for o in outcomes), default=0)
     for outcome in outcomes:
@@ -435,74 +432,3 @@ def clean_work(groups: Sequence[Group], run: Run) -> None:
     for name in ("irem_bids_wf", "checkpoints/locks", "checkpoints", "reports"):
         if (run.work_dir / name).is_dir() and not any((run.work_dir / name).iterdir()):
             (run.work_dir / name).rmdir()
-
-
-# --------------------------------------------------------------------- group level
-def run_group(output_dir: str | Path, settings: Settings) -> ExitCode:
-    """Collect the metrics of all participants in ``group_<contrast>.tsv``.
-
-    Raises
-    ------
-    UserError
-        There are no metrics below the output folder (66).
-    """
-    output = Path(output_dir).resolve()
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(output.glob("sub-*/**/*_qc.json")):
-        try:
-            content = json.loads(path.read_text())
-            row = {key: content[key] for key in ("participant_id", "session_id", "suffix")}
-            row |= {"entities": _joined(content["entities"]), "method": content["method"]}
-            row |= {"stacks": content["stacks"], **derivatives.flatten(content["metrics"])}
-        except (ValueError, KeyError, TypeError) as error:
-            LOG.warning("%s: not metrics of this app (%s)", path.name, error)
-            continue
-        rows.setdefault(row["suffix"], []).append(row)
-    if not rows:
-        raise UserError(
-            f"{output}: no sub-*/**/*_qc.json; run the level 'participant' first",
-            ExitCode.NO_INPUT,
-        )
-    for suffix, table in rows.items():
-        columns = list(dict.fromkeys(key for row in table for key in row))
-        described = {column: {"Description": describe_column(column)} for column in columns}
-        derivatives.write_text(output / f"group_{suffix}.tsv", derivatives.table_text(table))
-        derivatives.write_json(output / f"group_{suffix}.json", described)
-        LOG.info("group_%s.tsv: %d rows", suffix, len(table))
-    return ExitCode.SUCCESS
-
-
-def _joined(entities: dict[str, str]) -> str:
-    return "_".join(f"{key}-{value}" for key, value in entities.items()) or "n/a"
-
-
-COLUMNS = {
-    "participant_id": "Participant, with the prefix sub-",
-    "session_id": "Session, with the prefix ses-",
-    "suffix": "Contrast",
-    "entities": "Entities that keep groups of this contrast apart",
-    "method": "Reconstruction method",
-    "stacks": "Number of stacks used",
-    "held_out_psnr": "Peak signal-to-noise ratio of the prediction of held-out voxels, dB",
-    "held_out_ncc": "Normalised cross-correlation of predicted and measured held-out voxels",
-    "ncc_before": "Mean normalised cross-correlation of pairs of stacks before registration",
-    "ncc_after": "Mean normalised cross-correlation of pairs of stacks after registration",
-    "snr_result": "Signal-to-noise ratio of the reconstruction",
-}
-PREFIXES = {
-    "self_consistency_": "Normalised cross-correlation of a stack and its prediction: ",
-    "snr_": "Signal-to-noise ratio of a stack: ",
-    "noise_": "Standard deviation of the noise within slices, scaled intensity, of a stack: ",
-    "masked_": "Origin of the mask of a stack: ",
-    "gains_": "Gain of a stack: ",
-}
-
-
-def describe_column(name: str) -> str:
-    """What a column of the group table means."""
-    if name in COLUMNS:
-        return COLUMNS[name]
-    for prefix, words in PREFIXES.items():
-        if name.startswith(prefix):
-            return words + name.removeprefix(prefix)
-    return name.replace("_", " ")

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import __version__, derivatives
+from . import __version__
+from .atomic import write_json, write_text
 from .exitcodes import ExitCode, UserError
 
 IGNORED = (
@@ -53,7 +54,7 @@ def write_dataset_files(output_dir: Path, links: dict[str, str]) -> None:
         _write_description(output_dir / "dataset_description.json", links)
         _write_ignore(output_dir / ".bidsignore")
         if not (output_dir / "README.md").exists():
-            derivatives.write_text(output_dir / "README.md", README)
+            write_text(output_dir / "README.md", README)
     except OSError as error:
         raise UserError(
             f"cannot write to the output folder {output_dir}: {error.strerror or error}; "
@@ -82,11 +83,11 @@ def _write_description(path: Path, links: dict[str, str]) -> None:
         "HowToAcknowledge": "See logs/CITATION.md.",
         "DatasetLinks": {**old.get("DatasetLinks", {}), **links},
     }
-    derivatives.write_json(path, {**old, **merged})
+    write_json(path, {**old, **merged})
 
 
 def _write_ignore(path: Path) -> None:
     lines = path.read_text().splitlines() if path.is_file() else []
     missing = [line for line in IGNORED if line not in lines]
     if missing:
-        derivatives.write_text(path, "\n".join([*lines, *missing]) + "\n")
+        write_text(path, "\n".join([*lines, *missing]) + "\n")

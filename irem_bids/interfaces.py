@@ -26,6 +26,8 @@ from nipype.interfaces.base import (
 )
 
 from . import completion, derivatives, log
+from .atomic import write_json
+from .products import Result
 from .settings import Settings
 
 FAILURE_FILE = "failure.json"
@@ -56,7 +58,7 @@ class Step(SimpleInterface):
                 "code": failure_code(error),
                 "traceback": tracebacks.format_exc(),
             }
-            derivatives.write_json(folder / FAILURE_FILE, failure)
+            write_json(folder / FAILURE_FILE, failure)
             raise
         return runtime
 
@@ -136,7 +138,7 @@ class Normalise(Step):
             },
             "metrics": prepared.metrics,
         }
-        derivatives.write_json(target / "step.json", step)
+        write_json(target / "step.json", step)
         self._results.update(prepared=str(target), key=key)
 
 
@@ -201,9 +203,7 @@ class Optimise(Step):
             )
             result.save(target)
         seconds = round(time.monotonic() - started, 2)
-        derivatives.write_json(
-            target / "step.json", {"device": device, "seconds": {"optimise": seconds}}
-        )
+        write_json(target / "step.json", {"device": device, "seconds": {"optimise": seconds}})
         shutil.rmtree(checkpoint, ignore_errors=True)
         self._results.update(model=str(target), key=key)
 
@@ -253,10 +253,10 @@ class Reconstruct(Step):
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
         write_image(target / "mask.nii.gz", output_mask(prepared, grid), grid)
-        derivatives.write_json(target / "quality.json", {**metrics, **prepared.metrics})
+        write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
         step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)
-        derivatives.write_json(target / "step.json", step)
+        write_json(target / "step.json", step)
         self._results.update(folder=str(target), key=self.inputs.model_key)
 
 
@@ -280,11 +280,11 @@ class _ReportOutput(TraitedSpec):
     page = traits.Str(desc="the HTML page")
 
 
-def result_of(inputs: Any) -> derivatives.Result:
+def result_of(inputs: Any) -> Result:
     """The result that a report or save step got as its inputs."""
-    from .bids import Group
+    from .groups import Group
 
-    return derivatives.Result(
+    return Result(
         group=Group.from_dict(inputs.group),
         prepared=Path(inputs.prepared),
         methods={m: Path(f) for m, f in zip(inputs.methods, inputs.folders, strict=True)},

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import derivatives
-from .bids import Group
+from .atomic import write_json
+from .groups import Group
+from .products import Result
 from .settings import Settings
 
 
-def remember(
-    result: derivatives.Result, reports: Path, errors: Sequence[dict[str, Any]] = ()
-) -> Path:
+def remember(result: Result, reports: Path, errors: Sequence[dict[str, Any]] = ()) -> Path:
     """Write the record of a group; ``errors`` has ``step``, ``message``, ``traceback`` each."""
     record = {
         "group": result.group.to_dict(),
@@ -31,7 +30,7 @@ def remember(
         "provenance": result.provenance,
         "errors": list(errors),
     }
-    return derivatives.write_json(reports / f"{result.group.name}.json", record)
+    return write_json(reports / f"{result.group.name}.json", record)
 
 
 def recall(path: Path, output_dir: Path) -> Any:

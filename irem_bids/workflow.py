@@ -19,7 +19,7 @@ from .resources import Resources
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .bids import Group
+    from .groups import Group
 
 COHORT_NAME = "irem_bids_wf"
 BASE_GB = 0.8  # an interpreter with torch, SimpleITK and the figures' libraries

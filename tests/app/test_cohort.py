@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from irem_bids import cohort, completion, derivatives, resources
+from irem_bids import cohort, completion, paths, resources
+from irem_bids.atomic import write_json, write_text
 from irem_bids.bids import Discovery, discover
 from irem_bids.cohort import Outcome
 from irem_bids.exitcodes import ExitCode, UserError
 from irem_bids.resources import Resources
 from irem_bids.settings import Run, Settings
+from irem_bids.tables import quality_row
 
 from . import report_material
 
@@ -27,12 +29,10 @@ def finish(output: Path, group: object, settings: Settings) -> None:
     inputs = completion.inputs_key(group.to_dict(), completion.normalise_settings(settings))
     for method in settings.output.method:
         key = completion.method_key(inputs, method, completion.method_settings(settings, method))
-        image = output / derivatives.image_path(group, method)
-        derivatives.write_text(image, "image")
-        derivatives.write_json(
-            output / derivatives.sidecar_path(group, method), {"IremBids": {"Key": key}}
-        )
-    derivatives.write_text(cohort.page_path(group, output), "page")
+        image = output / paths.image_path(group, method)
+        write_text(image, "image")
+        write_json(output / paths.sidecar_path(group, method), {"IremBids": {"Key": key}})
+    write_text(paths.page_path(group, output), "page")
 
 
 def test_finished_group_is_recognised(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -69,12 +69,12 @@ def test_lost_or_changed_files_need_work(tiny_dataset: Path, tmp_path: Path, los
         path = Path(group.stacks[0].path)
         path.write_bytes(path.read_bytes() + b" ")
     else:
-        paths = {
-            "image": tmp_path / derivatives.image_path(group, "srr"),
-            "sidecar": tmp_path / derivatives.sidecar_path(group, "srr"),
-            "page": cohort.page_path(group, tmp_path),
+        kept = {
+            "image": tmp_path / paths.image_path(group, "srr"),
+            "sidecar": tmp_path / paths.sidecar_path(group, "srr"),
+            "page": paths.page_path(group, tmp_path),
         }
-        paths[lost].unlink()
+        kept[lost].unlink()
     assert not cohort.is_finished(group, tmp_path, SETTINGS)
 
 
@@ -156,10 +156,10 @@ def test_nothing_to_do_is_success(tiny_dataset: Path, tmp_path: Path) -> None:
 def quality(output: Path, subject: str, suffix: str, psnr: float) -> None:
     group = replace(report_material.group(), subject=subject, suffix=suffix)
     entities = {"suffix": "qc", "desc": "irem", "extension": ".json"}
-    row = derivatives.quality_row(group, "irem", {})
+    row = quality_row(group, "irem", {})
     metrics = {"held_out_psnr": psnr, "self_consistency": {"axial1": 0.9}, "curve": [1, 2]}
-    derivatives.write_json(
-        output / derivatives.relative_path(group, **entities),
+    write_json(
+        output / paths.relative_path(group, **entities),
         {**row, "entities": {}, "metrics": metrics},
     )
 
@@ -168,7 +168,7 @@ def test_group_table(tmp_path: Path) -> None:
     quality(tmp_path, "01", "T1w", 30.25)
     quality(tmp_path, "02", "T1w", 31.5)
     quality(tmp_path, "02", "T2w", 29.0)
-    derivatives.write_text(tmp_path / "sub-03/anat/sub-03_desc-irem_qc.json", "{}")
+    write_text(tmp_path / "sub-03/anat/sub-03_desc-irem_qc.json", "{}")
     assert cohort.run_group(tmp_path, SETTINGS) == ExitCode.SUCCESS
     rows = list(csv.DictReader((tmp_path / "group_T1w.tsv").open(), delimiter="\t"))
     assert [(r["participant_id"], r["held_out_psnr"]) for r in rows] == [

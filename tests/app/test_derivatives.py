@@ -15,16 +15,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from irem_bids import dataset, derivatives
+from irem_bids import dataset, derivatives, paths
+from irem_bids.atomic import publish, write_json, write_text
 from irem_bids.bids import Group
+from irem_bids.products import Result
 from irem_bids.reconstruction.geometry import RigidTransform
 from irem_bids.settings import Settings
+from irem_bids.tables import table_text
 
 from . import report_material
 
 
 @pytest.fixture
-def result(tmp_path: Path) -> derivatives.Result:
+def result(tmp_path: Path) -> Result:
     """A group with two methods whose steps have run."""
     inp = report_material.make_input(tmp_path / "work")
     prepared = report_material.prepared()
@@ -37,12 +40,12 @@ def result(tmp_path: Path) -> derivatives.Result:
         },
         "metrics": prepared.metrics,
     }
-    derivatives.write_json(tmp_path / "work" / "prepared" / "step.json", step)
+    write_json(tmp_path / "work" / "prepared" / "step.json", step)
     fit = json.loads((inp.methods["irem"] / "fit.json").read_text())
     moved = RigidTransform.from_vector([0, 0, 0, 0.5, 0, 0])
     fit["poses"]["coronal1"] = (moved @ RigidTransform(fit["poses"]["coronal1"])).matrix.tolist()
-    derivatives.write_json(inp.methods["irem"] / "fit.json", fit)
-    return derivatives.Result(
+    write_json(inp.methods["irem"] / "fit.json", fit)
+    return Result(
         inp.group,
         tmp_path / "work" / "prepared",
         dict(inp.methods),
@@ -66,7 +69,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_names_of_all_files(result: derivatives.Result, tmp_path: Path) -> None:
+def test_names_of_all_files(result: Result, tmp_path: Path) -> None:
     settings = result.settings.updated({"output": {"save_registered": True, "model_out": True}})
     model = result.methods["irem"] / "model.safetensors"
     model.write_bytes(b"field")
@@ -100,7 +103,7 @@ def test_names_of_all_files(result: derivatives.Result, tmp_path: Path) -> None:
     )
 
 
-def test_validator_reports_no_error(result: derivatives.Result, tmp_path: Path) -> None:
+def test_validator_reports_no_error(result: Result, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = result.settings.updated({"output": {"save_registered": True, "model_out": True}})
     (result.methods["irem"] / "model.safetensors").write_bytes(b"field")
@@ -113,18 +116,18 @@ def test_validator_reports_no_error(result: derivatives.Result, tmp_path: Path) 
     ):
         derivatives.save(replace(result, group=group, settings=settings), out)
     for name in ("sub-01.html", "group_T1w.tsv", "group_T1w.json", "logs/a.toml"):
-        derivatives.write_text(out / name, "{}\n")
-    derivatives.write_text(out / "sub-01/figures/sub-01_desc-training_T1w.svg", "<svg/>")
+        write_text(out / name, "{}\n")
+    write_text(out / "sub-01/figures/sub-01_desc-training_T1w.svg", "<svg/>")
     assert validate(out) == []
     assert (out / "sub-01/ses-2/anat").is_dir()
 
 
-def test_validator_is_heard(result: derivatives.Result, tmp_path: Path) -> None:
+def test_validator_is_heard(result: Result, tmp_path: Path) -> None:
     """The check above can fail: without its sidecar an image is an error."""
     out = tmp_path / "out"
     dataset.write_dataset_files(out, {"raw": tmp_path.as_uri()})
     derivatives.save(result, out)
-    (out / derivatives.sidecar_path(result.group, "irem")).unlink()
+    (out / paths.sidecar_path(result.group, "irem")).unlink()
     assert any("SIDECAR" in issue or "JSON" in issue for issue in validate(out))
 
 
@@ -135,9 +138,9 @@ def masked(group: Group) -> Group:
     return replace(group, stacks=stacks)
 
 
-def test_sidecar_says_what_was_used(result: derivatives.Result, tmp_path: Path) -> None:
+def test_sidecar_says_what_was_used(result: Result, tmp_path: Path) -> None:
     derivatives.save(result, tmp_path)
-    sidecar = json.loads((tmp_path / derivatives.sidecar_path(result.group, "irem")).read_text())
+    sidecar = json.loads((tmp_path / paths.sidecar_path(result.group, "irem")).read_text())
     assert sidecar["SkullStripped"] is False
     assert sidecar["Sources"] == [stack.uri for stack in result.group.stacks]
     assert sidecar["VoxelSize"] == [1.5, 1.5, 1.5]
@@ -151,11 +154,11 @@ def test_sidecar_says_what_was_used(result: derivatives.Result, tmp_path: Path) 
     assert sidecar["Versions"] == {"irem-bids": "0.1.0"}
     assert sidecar["IremBids"]["Settings"]["irem"]["epochs"] == Settings().irem.epochs
     assert "device" not in json.dumps(sidecar["IremBids"]["Settings"])
-    assert derivatives.completed_key(tmp_path, result.group, "irem") == "a" * 64
-    assert derivatives.completed_key(tmp_path, result.group, "srr") is None
+    assert paths.completed_key(tmp_path, result.group, "irem") == "a" * 64
+    assert paths.completed_key(tmp_path, result.group, "srr") is None
 
 
-def test_brain_masks_make_a_brain_mask(result: derivatives.Result, tmp_path: Path) -> None:
+def test_brain_masks_make_a_brain_mask(result: Result, tmp_path: Path) -> None:
     """An image that is zero outside given masks is skull-stripped; its mask says brain."""
     group = masked(replace(result.group, suffix="T2w"))
     volume = nib.load(result.methods["irem"] / "volume.nii.gz")
@@ -173,9 +176,7 @@ def test_brain_masks_make_a_brain_mask(result: derivatives.Result, tmp_path: Pat
     assert about["SpatialReference"] == "bids::sub-01/anat/sub-01_desc-irem_T2w.nii.gz"
 
 
-def test_transforms_map_reference_points_to_stack_points(
-    result: derivatives.Result, tmp_path: Path
-) -> None:
+def test_transforms_map_reference_points_to_stack_points(result: Result, tmp_path: Path) -> None:
     import SimpleITK as sitk
 
     derivatives.save(result, tmp_path)
@@ -190,24 +191,22 @@ def test_transforms_map_reference_points_to_stack_points(
     assert np.allclose(moved.matrix[:3, 3], [0.5, 0, 0], atol=1e-9)
 
 
-def test_image_keeps_grid_and_intensities(result: derivatives.Result, tmp_path: Path) -> None:
+def test_image_keeps_grid_and_intensities(result: Result, tmp_path: Path) -> None:
     derivatives.save(result, tmp_path)
     before = nib.load(result.methods["irem"] / "volume.nii.gz")
-    after = nib.load(tmp_path / derivatives.image_path(result.group, "irem"))
+    after = nib.load(tmp_path / paths.image_path(result.group, "irem"))
     assert np.array_equal(before.get_fdata(), after.get_fdata())
     assert np.array_equal(before.affine, after.affine)
     assert after.header["qform_code"] == after.header["sform_code"] == 1
 
 
-def test_outputs_share_no_inode_with_the_work_folder(
-    result: derivatives.Result, tmp_path: Path
-) -> None:
+def test_outputs_share_no_inode_with_the_work_folder(result: Result, tmp_path: Path) -> None:
     written = derivatives.save(result, tmp_path / "out")
     assert written
     assert all(path.stat().st_nlink == 1 for path in written)
 
 
-def test_failed_save_leaves_nothing(result: derivatives.Result, tmp_path: Path) -> None:
+def test_failed_save_leaves_nothing(result: Result, tmp_path: Path) -> None:
     (result.methods["bspline"] / "volume.nii.gz").unlink()
     with pytest.raises(FileNotFoundError):
         derivatives.save(result, tmp_path / "out")
@@ -219,18 +218,18 @@ def test_publish_replaces_whole_files(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "deep" / "b"
     source.write_text("new")
     os.link(source, tmp_path / "other")
-    derivatives.publish(source, target)
+    publish(source, target)
     assert target.read_text() == "new"
     assert not source.exists()
     assert target.stat().st_nlink == 1
 
 
 def test_write_text_leaves_equal_files_alone(tmp_path: Path) -> None:
-    path = derivatives.write_text(tmp_path / "a.txt", "one")
+    path = write_text(tmp_path / "a.txt", "one")
     os.utime(path, (1, 1))
-    derivatives.write_text(path, "one")
+    write_text(path, "one")
     assert path.stat().st_mtime == 1
-    derivatives.write_text(path, "two")
+    write_text(path, "two")
     assert path.read_text() == "two"
     assert names(tmp_path) == ["a.txt"]
 
@@ -251,16 +250,16 @@ def test_dataset_files_merge(tmp_path: Path) -> None:
 def test_names_without_a_pattern_are_refused() -> None:
     group = Group("01", None, "T1w", {}, ())
     with pytest.raises(ValueError, match="no name"):
-        derivatives.relative_path(group, suffix="bold", extension=".nii.gz")
+        paths.relative_path(group, suffix="bold", extension=".nii.gz")
 
 
 def test_table_cells() -> None:
     rows = [{"a": 1.23456789, "b": "x\ty"}, {"a": float("nan"), "c": None}]
-    assert derivatives.table_text(rows) == "a\tb\tc\n1.23457\tx y\tn/a\nn/a\tn/a\tn/a\n"
+    assert table_text(rows) == "a\tb\tc\n1.23457\tx y\tn/a\nn/a\tn/a\tn/a\n"
 
 
 def test_older_result_is_disowned_before_it_is_replaced(
-    result: derivatives.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while publishing over an older result: neither key says that it is finished."""
     derivatives.save(result, tmp_path)
@@ -273,9 +272,9 @@ def test_older_result_is_disowned_before_it_is_replaced(
     with pytest.raises(KeyboardInterrupt):
         derivatives.save(newer, tmp_path)
     monkeypatch.undo()
-    assert derivatives.completed_key(tmp_path, result.group, "irem") is None
+    assert paths.completed_key(tmp_path, result.group, "irem") is None
     written = derivatives.save(newer, tmp_path)
-    assert derivatives.completed_key(tmp_path, result.group, "irem") == "c" * 64
+    assert paths.completed_key(tmp_path, result.group, "irem") == "c" * 64
     assert {path.name for path in written[-2:]} == {
         "sub-01_desc-irem_T1w.json",
         "sub-01_desc-bspline_T1w.json",

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is to save of a group: every file with its entities and its sidecar."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .atomic import write_json, write_text
+from .completion import method_settings
+from .paths import contrast_entity, image_path
+from .settings import Settings
+from .tables import quality_row, table_text
+
+if TYPE_CHECKING:
+    from .groups import Group
+
+
+@dataclass(frozen=True)
+class Result:
+    """A group whose steps have run.
+
+    Attributes
+    ----------
+    prepared
+        Folder of ``Prepared.save``.
+    methods
+        Method to its folder with ``volume.nii.gz``, ``mask.nii.gz``, ``quality.json``,
+        ``fit.json``, ``step.json`` and ``model.safetensors``.
+    keys
+        Method to the key of its result (:mod:`irem_bids.completion`).
+    provenance
+        ``command``, ``versions`` and what else the run says of itself.
+    """
+
+    group: Group
+    prepared: Path
+    methods: dict[str, Path]
+    settings: Settings
+    keys: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One file to save: where it is, its entities (long names) and its sidecar."""
+
+    path: Path
+    entities: dict[str, str]
+    sidecar: dict[str, Any] | None = None
+
+
+def image_sidecar(result: Result, method: str) -> dict[str, Any]:
+    """Sidecar of a reconstruction."""
+    folder = result.methods[method]
+    step = _read_json(folder / "step.json")
+    quality = _read_json(folder / "quality.json")
+    shape, sizes, stripped = _describe_image(folder)
+    masks = [stack.mask_uri for stack in result.group.stacks if stack.mask_uri]
+    return {
+        "Description": f"Isotropic {result.group.suffix} image from "
+        f"{len(result.group.stacks)} stacks of thick slices, method {method}",
+        "SkullStripped": bool(masks) and stripped,
+        "Sources": [stack.uri for stack in result.group.stacks] + masks,
+        "Resolution": f"{sizes[0]:.4g} mm isotropic, axes along the reference stack",
+        "VoxelSize": sizes,
+        "Shape": shape,
+        "Units": "arbitrary",
+        "Stacks": [stack_description(stack) for stack in result.group.stacks],
+        "ReferenceStack": _reference_label(result),
+        "Excluded": [
+            {"Path": Path(one.path).name, "Reason": one.reason} for one in result.group.excluded
+        ],
+        "Method": method,
+        "RandomSeed": result.settings.run.random_seed,
+        "Device": step.get("device", "cpu"),
+        "Seconds": {
+            **_read_json(result.prepared / "step.json").get("seconds", {}),
+            **step.get("seconds", {}),
+        },
+        "Versions": result.provenance.get("versions", {}),
+        "Metrics": quality,
+        "IremBids": {
+            "Version": __version__,
+            "Key": result.keys.get(method),
+            "Settings": method_settings(result.settings, method),
+        },
+    }
+
+
+def stack_description(stack: Any) -> dict[str, Any]:
+    """What was used of a stack, and where its slice thickness came from."""
+    return {
+        "Label": stack.label,
+        "URI": stack.uri,
+        "Plane": stack.plane,
+        "Shape": list(stack.shape),
+        "InPlaneVoxelSize": list(stack.in_plane),
+        "SliceSpacing": stack.spacing,
+        "SliceThickness": stack.slice_thickness,
+        "SliceThicknessSource": stack.thickness_source,
+        "Mask": stack.mask_uri,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _describe_image(folder: Path) -> tuple[list[int], list[float], bool]:
+    """Shape, voxel sizes (mm), and whether all is zero outside the mask."""
+    import nibabel as nib
+    import numpy as np
+
+    image = nib.nifti1.load(folder / "volume.nii.gz")
+    mask = np.asanyarray(nib.nifti1.load(folder / "mask.nii.gz").dataobj) > 0
+    outside = np.asanyarray(image.dataobj)[~mask]
+    sizes = [round(float(size), 6) for size in nib.affines.voxel_sizes(image.affine)]
+    return [int(n) for n in image.shape], sizes, bool(outside.size) and not outside.any()
+
+
+# ------------------------------------------------------------------------- products
+def products(result: Result, made: Path) -> list[Product]:
+    """Every file of a group; those that no step has written yet are made in ``made``."""
+    made.mkdir(parents=True, exist_ok=True)
+    group = result.group
+    files = []
+    for method, folder in result.methods.items():
+        sidecar = image_sidecar(result, method)
+        image = {"suffix": group.suffix, "desc": method, "extension": ".nii.gz"}
+        files.append(Product(folder / "volume.nii.gz", image, sidecar))
+        files += _quality_files(method, sidecar, group, made)
+        model = folder / "model.safetensors"
+        if result.settings.output.model_out and model.is_file():
+            entities = {"suffix": "model", "desc": method, "extension": ".safetensors"}
+            files.append(Product(model, entities))
+    files.append(_mask_product(result))
+    files += _transforms(result, made)
+    if result.settings.output.save_registered:
+        files += _registered_stacks(result, made)
+    return files
+
+
+def _mask_product(result: Result) -> Product:
+    folder = next(iter(result.methods.values()))
+    group = result.group
+    given = [stack.mask_uri for stack in group.stacks if stack.mask_uri]
+    sidecar: dict[str, Any] = {
+        "Type": "Brain" if given else "ROI",
+        "Sources": given or [stack.uri for stack in group.stacks],
+    }
+    if "space" in contrast_entity(group, "mask"):
+        image = image_path(group, next(iter(result.methods)))
+        sidecar["SpatialReference"] = f"bids::{image}"
+    entities = {"suffix": "mask", "desc": "brain" if given else "head", "extension": ".nii.gz"}
+    return Product(folder / "mask.nii.gz", entities, sidecar)
+
+
+def _quality_files(method: str, sidecar: dict[str, Any], group: Group, made: Path) -> list[Product]:
+    row = quality_row(group, method, sidecar["Metrics"])
+    content = {
+        **{key: row[key] for key in ("participant_id", "session_id", "suffix", "method", "stacks")},
+        "entities": dict(group.entities),
+        "metrics": sidecar["Metrics"],
+        "seconds": sidecar["Seconds"],
+        "device": sidecar["Device"],
+        "version": sidecar["IremBids"]["Version"],
+    }
+    files = {
+        ".json": write_json(made / f"{method}_qc.json", content),
+        ".tsv": write_text(made / f"{method}_qc.tsv", table_text([row])),
+    }
+    return [
+        Product(path, {"suffix": "qc", "desc": method, "extension": extension})
+        for extension, path in files.items()
+    ]
+
+
+def _reference_label(result: Result) -> str:
+    """Label of the reference stack."""
+    return str(_read_json(result.prepared / "step.json").get("reference", ""))
+
+
+def _transforms(result: Result, made: Path) -> list[Product]:
+    """ITK files of the registration's poses and of each method's refined ones.
+
+    ``from-X_to-Y`` resamples an image in the space of X into that of Y, and so maps
+    points of Y to points of X: it holds the inverse of the pose of X.
+    """
+    from .reconstruction.geometry import RigidTransform
+
+    step = _read_json(result.prepared / "step.json")
+    reference, first = step["reference"], step["poses"]
+    sets: list[tuple[str | None, dict[str, Any]]] = [(None, first)]
+    for method, folder in result.methods.items():
+        poses = _read_json(folder / "fit.json").get("poses", {})
+        if any(poses[label] != first.get(label) for label in poses):
+            sets.append((method, poses))
+    files = []
+    for desc, poses in sets:
+        for label, matrix in poses.items():
+            if label == reference and matrix == first[reference]:
+                continue
+            path = made / f"from-{label}_desc-{desc}_xfm.txt"
+            write_text(path, RigidTransform(matrix).inverse().to_itk_text())
+            entities = {
+                "from": label,
+                "to": reference,
+                "mode": "image",
+                "suffix": "xfm",
+                "extension": ".txt",
+            }
+            files.append(Product(path, {**entities, **({"desc": desc} if desc else {})}))
+    return files
+
+
+def _registered_stacks(result: Result, made: Path) -> list[Product]:
+    """The normalised stacks resampled onto the grid of the result (cubic B-spline)."""
+    from .reconstruction.baselines import resample_stack
+    from .reconstruction.prepare import Prepared
+    from .reconstruction.stack import read_image, write_image
+
+    prepared = Prepared.load(result.prepared)
+    _, grid = read_image(next(iter(result.methods.values())) / "volume.nii.gz")
+    uris = {stack.label: stack.uri for stack in result.group.stacks}
+    files = []
+    for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
+        values, _ = resample_stack(stack, pose, grid)
+        path = write_image(made / f"{stack.label}.nii.gz", values * prepared.scale, grid)
+        sidecar = {"SkullStripped": False, "Sources": [uris[stack.label]]}
+        entities = {
+            "acquisition": stack.label,
+            "desc": "registered",
+            "suffix": result.group.suffix,
+            "extension": ".nii.gz",
+        }
+        files.append(Product(path, entities, sidecar))
+    return files

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics as rows: of one group, and the table over all participants."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import log
+from .atomic import write_json, write_text
+from .exitcodes import ExitCode, UserError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .groups import Group
+
+LOG = logging.getLogger(log.PACKAGE)
+
+
+def quality_row(group: Group, method: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """One flat row of metrics; nested ones are joined by underscores."""
+    row: dict[str, Any] = {
+        "participant_id": f"sub-{group.subject}",
+        "session_id": f"ses-{group.session}" if group.session else "n/a",
+        "suffix": group.suffix,
+        "method": method,
+        "stacks": len(group.stacks),
+    }
+    return {**row, **flatten(metrics)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Scalars of a nested dictionary under joined names; lists are left out.
+
+    >>> flatten({"psnr": 30.0, "ncc": {"axial1": 0.9}, "curve": [1, 2]})
+    {'psnr': 30.0, 'ncc_axial1': 0.9}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}_"))
+        elif isinstance(value, (str, int, float, bool)) or value is None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def table_text(rows: list[dict[str, Any]]) -> str:
+    """Rows as tab-separated values; what a row lacks is ``n/a``."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["\t".join(columns)]
+    for row in rows:
+        lines.append("\t".join(_cell(row.get(column)) for column in columns))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "n/a"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(str(value).split()) or "n/a"
+
+
+def run_group(output_dir: str | Path, settings: Settings) -> ExitCode:
+    """Collect the metrics of all participants in ``group_<contrast>.tsv``.
+
+    Raises
+    ------
+    UserError
+        There are no metrics below the output folder (66).
+    """
+    output = Path(output_dir).resolve()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(output.glob("sub-*/**/*_qc.json")):
+        try:
+            content = json.loads(path.read_text())
+            row = {key: content[key] for key in ("participant_id", "session_id", "suffix")}
+            row |= {"entities": _joined(content["entities"]), "method": content["method"]}
+            row |= {"stacks": content["stacks"], **flatten(content["metrics"])}
+        except (ValueError, KeyError, TypeError) as error:
+            LOG.warning("%s: not metrics of this app (%s)", path.name, error)
+            continue
+        rows.setdefault(row["suffix"], []).append(row)
+    if not rows:
+        raise UserError(
+            f"{output}: no sub-*/**/*_qc.json; run the level 'participant' first",
+            ExitCode.NO_INPUT,
+        )
+    for suffix, table in rows.items():
+        columns = list(dict.fromkeys(key for row in table for key in row))
+        described = {column: {"Description": describe_column(column)} for column in columns}
+        write_text(output / f"group_{suffix}.tsv", table_text(table))
+        write_json(output / f"group_{suffix}.json", described)
+        LOG.info("group_%s.tsv: %d rows", suffix, len(table))
+    return ExitCode.SUCCESS
+
+
+def _joined(entities: dict[str, str]) -> str:
+    return "_".join(f"{key}-{value}" for key, value in entities.items()) or "n/a"
+
+
+COLUMNS = {
+    "participant_id": "Participant, with the prefix sub-",
+    "session_id": "Session, with the prefix ses-",
+    "suffix": "Contrast",
+    "entities": "Entities that keep groups of this contrast apart",
+    "method": "Reconstruction method",
+    "stacks": "Number of stacks used",
+    "held_out_psnr": "Peak signal-to-noise ratio of the prediction of held-out voxels, dB",
+    "held_out_ncc": "Normalised cross-correlation of predicted and measured held-out voxels",
+    "ncc_before": "Mean normalised cross-correlation of pairs of stacks before registration",
+    "ncc_after": "Mean normalised cross-correlation of pairs of stacks after registration",
+    "snr_result": "Signal-to-noise ratio of the reconstruction",
+}
+PREFIXES = {
+    "self_consistency_": "Normalised cross-correlation of a stack and its prediction: ",
+    "snr_": "Signal-to-noise ratio of a stack: ",
+    "noise_": "Standard deviation of the noise within slices, scaled intensity, of a stack: ",
+    "masked_": "Origin of the mask of a stack: ",
+    "gains_": "Gain of a stack: ",
+}
+
+
+def describe_column(name: str) -> str:
+    """What a column of the group table means."""
+    if name in COLUMNS:
+        return COLUMNS[name]
+    for prefix, words in PREFIXES.items():
+        if name.startswith(prefix):
+            return words + name.removeprefix(prefix)
+    return name.replace("_", " ")
