@@ -33,7 +33,7 @@ lint: tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run $$(grep -lrE '^#!.*\b(ba)?sh\b' .ci docker docs --include='*' \
+	$(BIN)/shellcheck -x $$(grep -lrE '^#!.*\b(ba)?sh\b' .ci docker docs --include='*' \
 		--exclude-dir=_build --exclude-dir=cache)
 	$(BIN)/hadolint Dockerfile
 

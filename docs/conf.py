@@ -26,6 +26,7 @@ exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"irem-bids {release}"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_copy_source = False
 suppress_warnings = ["misc.highlighting_failure"]
 smartquotes = False
