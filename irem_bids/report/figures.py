@@ -20,6 +20,7 @@ from .studio import Figure, Studio, head_limits, zoomed
 
 TILE = 340  # pixels, about, of the longer side of a picture
 SLICES = 12  # slices of a stack that are shown
+POINT_SAMPLED = ("bspline", "irem2021")  # methods that know no slice profile
 RESIDUAL_SPAN = 0.25  # residuals are shown within this part of the window, either way
 
 
@@ -254,6 +255,8 @@ def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
 
     field = load_model(result.folder / "model.safetensors").field.eval()
     settings = studio.material.inp.settings.acquisition
+    if result.name in POINT_SAMPLED:
+        settings = replace(settings, profile="none")
     black, white = studio.levels
     span = RESIDUAL_SPAN * (white - black)
     figures = []
@@ -305,7 +308,8 @@ def _residual_image(studio: Studio, piece: Stack, predicted: NDArray, span: floa
     for name, values in (("acquired", part.data), ("predicted", guess)):
         pixels = views.grey(views.picture(values, plane, 0), studio.levels)
         tiles.append(zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
-    difference = views.picture(part.data - guess, plane, 0)
+    inside = views.crop(views.canonical(piece.mask, piece.grid), limits).data
+    difference = views.picture(np.where(inside, part.data - guess, 0.0), plane, 0)
     colours = matplotlib.colormaps["PuOr"](np.clip(0.5 + difference / (2 * span), 0, 1))
     pixels = np.asarray(colours[..., :3] * 255).astype(np.uint8)
     tiles.append(zoomed(pixels, part.grid, plane, mm, "residual"))
@@ -337,7 +341,7 @@ def poses(studio: Studio) -> list[Figure]:
         return []
     labels = [stack.label for stack in prepared.stacks]
     sets = {
-        name: plots.pose_table(prepared.stacks, found)
+        name: plots.pose_table(prepared.stacks, found, prepared.reference)
         for name, found in studio.material.pose_sets().items()
     }
     figures = []

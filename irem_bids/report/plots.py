@@ -135,10 +135,14 @@ def pose_components(
 
 
 def pose_table(
-    stacks: Sequence[Any], poses: Sequence[Any]
+    stacks: Sequence[Any], poses: Sequence[Any], reference: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """((stacks, 3) rotation vectors in degrees, (stacks, 3) shifts of the stack's middle in mm)."""
-    vectors = np.array(
-        [pose.to_vector(stack.grid.centre) for stack, pose in zip(stacks, poses, strict=True)]
-    )
+    """((stacks, 3) rotation vectors in degrees, (stacks, 3) shifts in mm), about one centre.
+
+    The centre is the middle of the foreground of the ``reference`` stack, so that a shift is
+    how far the middle of the head was moved.
+    """
+    fixed = stacks[reference]
+    centre = fixed.grid.to_world(np.argwhere(fixed.mask).mean(axis=0))
+    vectors = np.array([pose.to_vector(centre) for pose in poses])
     return np.rad2deg(vectors[:, :3]), vectors[:, 3:]

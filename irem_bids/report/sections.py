@@ -241,8 +241,9 @@ class Page:
         )
         stacks = () if prepared is None else prepared.stacks
         sets = {
-            name: plots.pose_table(stacks, poses)
+            name: plots.pose_table(stacks, poses, prepared.reference)
             for name, poses in self.material.pose_sets().items()
+            if prepared is not None
         }
         rows = (
             (
@@ -327,6 +328,9 @@ class Page:
                 columns.append(("self_consistency", title, dict(consistency)))
             if result.gains:
                 columns.append(("gain", f"Gain, {result.name}", result.gains))
+            residual = result.quality.get("residual")
+            if isinstance(residual, Mapping):
+                columns.append(("residual", f"Residual, {result.name}", dict(residual)))
         labels = list(dict.fromkeys(label for _, _, values in columns for label in values))
         rows = (
             (label, *(number(values.get(label), METRICS[name][1]) for name, _, values in columns))

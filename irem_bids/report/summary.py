@@ -154,7 +154,7 @@ def _motion(material: Material) -> list[Finding]:
     prepared = material.prepared
     if prepared is None:
         return []
-    turns, shifts = plots.pose_table(prepared.stacks, prepared.poses)
+    turns, shifts = plots.pose_table(prepared.stacks, prepared.poses, prepared.reference)
     far = [
         f"{stack.label} by {np.linalg.norm(shift):.1f} mm and {np.linalg.norm(turn):.1f}°"
         for stack, turn, shift in zip(prepared.stacks, turns, shifts, strict=True)

@@ -13,8 +13,9 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "held_out_psnr": (
         "Held-out PSNR (dB)",
         ".2f",
-        "Peak signal-to-noise ratio of the prediction of voxels that were never trained on; "
-        "higher is better.",
+        "Peak signal-to-noise ratio of the prediction of voxels that were never trained on; the "
+        "peak is the percentile of the foreground that intensities are scaled to. Higher is "
+        "better.",
     ),
     "held_out_ncc": (
         "Held-out NCC",
@@ -53,6 +54,13 @@ METRICS: dict[str, tuple[str, str, str]] = {
         ".3f",
         "Factor by which a stack is brighter than the field predicts, after all stacks were "
         "scaled alike; 1 is no difference.",
+    ),
+    "held_out_voxels": ("Held-out voxels", ".0f", "How many voxels were never trained on."),
+    "residual": (
+        "Residual",
+        ".4f",
+        "Root mean square of acquired less predicted over a stack's foreground, in scaled "
+        "intensity; as large as the noise at best.",
     ),
     "noise": (
         "Noise",

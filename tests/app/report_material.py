@@ -11,7 +11,9 @@ import numpy as np
 
 from irem_bids.bids import Excluded, Group, StackFile
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
+from irem_bids.reconstruction.optimise import fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid
+from irem_bids.reconstruction.sample import sample
 from irem_bids.reconstruction.stack import Stack, write_image
 from irem_bids.report import ReportInput
 from irem_bids.settings import Settings
@@ -125,6 +127,33 @@ def method(folder: Path, ready: Prepared, settings: Settings, psnr: float) -> Pa
     step = {"device": "cpu", "seconds": {"optimise": 10.0, "reconstruct": 2.5}}
     (folder / "step.json").write_text(json.dumps(step))
     return folder
+
+
+def fitted_input(work: Path, names: tuple[str, ...]) -> ReportInput:
+    """A group whose methods really ran, briefly."""
+    ready = prepared()
+    random = np.random.default_rng(3)
+    held_out = tuple((random.random(s.grid.shape) < 0.05) & s.mask for s in ready.stacks)
+    ready = replace(ready, held_out=held_out)
+    settings = Settings.from_dict(
+        {
+            "output": {"output_resolution": 2.0, "method": list(names)},
+            "srr": {"srr_iterations": 6},
+            "irem": {"pose_rounds": 1, "epochs": 0.5, "levels": 2, "hidden": 8},
+        }
+    )
+    ready.save(work / "prepared")
+    grid = output_grid(ready, settings.output)
+    for name in names:
+        found = fit(name, ready, grid, settings)
+        found.save(work / name)
+        values = sample(found.field, grid) * ready.scale
+        write_image(work / name / "volume.nii.gz", values, grid)
+        write_image(work / name / "mask.nii.gz", values > 0.05 * ready.scale, grid)
+        measured = quality(ready, found, settings)
+        (work / name / "quality.json").write_text(json.dumps(measured))
+    folders = {name: work / name for name in names}
+    return ReportInput(group(), work / "prepared", folders, settings, {"device": "cpu"})
 
 
 def make_input(

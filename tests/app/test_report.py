@@ -25,13 +25,14 @@ from irem_bids.report import (
     plots,
     summary,
     views,
+    wording,
     write_citation,
 )
 from irem_bids.report import material as report_material
 from irem_bids.report.methods import citation_keys, readable
 from irem_bids.settings import Settings
 
-from .report_material import SCALE, group, make_input, prepared, stack
+from .report_material import SCALE, fitted_input, group, make_input, prepared, stack
 
 HOSTILE = "<script>alert('x')</script> & \"q\" ünïcødé 脳 {subject} {{ 7*7 }} $x^2$"
 
@@ -290,6 +291,29 @@ def test_readable_text_names_authors():
     assert "`" not in text
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("setting", "was given by the user"),
+        ("spacing", "was taken to be the slice spacing."),
+        ("sidecar", "was read from the sidecars"),
+    ],
+)
+def test_methods_text_says_where_the_thickness_is_from(source, words):
+    stacks = tuple(replace(s, thickness_source=source) for s in group().stacks)
+    assert words in methods_text(Settings(), groups=[group(stacks=stacks)])
+
+
+def test_values_as_text():
+    assert wording.plain({"a": [1, 2.5]}) == "a: 1 2.5"
+    assert wording.plain("\udcff") == "?"
+    assert wording.number(None) == "n/a"
+    assert wording.number(float("inf")) == "n/a"
+    assert wording.number(-0.001, "+.2f") == "0.00"
+    assert wording.number(0.123, "+.2f") == "+0.12"
+    assert wording.number("many") == "many"
+
+
 def test_citation_files(tmp_path):
     text = methods_text(Settings())
     paths = write_citation(tmp_path / "logs", text)
@@ -367,6 +391,27 @@ def test_figures_tell_what_could_not_be_drawn(tmp_path):
     ]
     assert len(material.problems) == 1
     assert "residual of irem" in material.problems[0]
+
+
+def test_methods_that_really_ran(tmp_path):
+    """Curves, refined poses, predicted slices and metrics come from real fits."""
+    inp = fitted_input(tmp_path / "work", ("irem", "srr", "bspline"))
+    page = Page(build_report([inp], tmp_path, "01"))
+    assert "could not be" not in page.text
+    folder = tmp_path / "sub-01" / "figures"
+    contrast = {}
+    for name in ("irem", "srr", "bspline"):
+        image = np.asarray(Image.open(folder / f"sub-01_desc-residual{name}axial1_T1w.png"))
+        acquired, _, residual = np.array_split(image.astype(float), 3, axis=1)
+        assert np.ptp(acquired, axis=2).max() == 0
+        contrast[name] = np.ptp(residual, axis=2).mean()
+    assert contrast["irem"] < contrast["bspline"]
+    assert contrast["srr"] < contrast["bspline"]
+    assert (folder / "sub-01_desc-trainingirem_T1w.svg").exists()
+    sources = [image["src"] or "" for image in page.all("img")]
+    assert len([s for s in sources if "residual" in s]) == 9
+    for text in ("Held-out PSNR", "Self-consistency (NCC), irem", "Residual, bspline"):
+        assert text in page.text
 
 
 def test_scaled_results_share_the_window_of_the_stacks(built):
