@@ -166,8 +166,8 @@ def _irem(settings: Settings) -> str:
         "profile-aware linear solution [@gholipour2010robust; @ebner2020automated] to which a "
         f"multiresolution feature grid ({chosen.levels} levels of {chosen.features} features) with "
         f"a small network ({chosen.layers} layers of {chosen.hidden}) adds, trained for "
-        f"{chosen.epochs:g} passes with an edge-preserving penalty (weight {chosen.penalty:g})."
-        + refine
+        f"{chosen.epochs:g} pass{'' if chosen.epochs == 1 else 'es'} "
+        f"with an edge-preserving penalty (weight {chosen.penalty:g})." + refine
     )
 
 

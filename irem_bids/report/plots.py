@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 # Okabe-Ito, told apart by the colour-blind; each series has its own marker or dash, too
@@ -88,9 +89,11 @@ def training(history: Mapping[str, Sequence[float]], path: Path) -> Path | None:
                 marker=MARKERS[number] if x.size <= 30 else None,
                 markersize=4,
             )
-        if all((y > 0).all() for _, _, y in series):
+        values = np.concatenate([y for _, _, y in series])
+        if values.min() > 0 and values.max() > 10 * values.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
         axes.set_ylabel("scaled intensity squared")
         axes.grid(alpha=0.3)

@@ -317,27 +317,36 @@ class Page:
         }
 
     def _per_stack(self, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        columns: list[tuple[str, str, dict[str, Any]]] = []
-        for name in ("snr", "noise"):
-            if metrics.get(name):
-                columns.append((name, METRICS[name][0], metrics[name]))
+        """One row per stack and method; and which metrics it has."""
+        by_stack = [n for n in ("snr", "noise") if metrics.get(n)]
+        values: dict[tuple[str, str], dict[str, Any]] = {}
         for result in self.material.methods.values():
-            consistency = result.quality.get("self_consistency")
-            if isinstance(consistency, Mapping):
-                title = f"{METRICS['self_consistency'][0]}, {result.name}"
-                columns.append(("self_consistency", title, dict(consistency)))
-            if result.gains:
-                columns.append(("gain", f"Gain, {result.name}", result.gains))
-            residual = result.quality.get("residual")
-            if isinstance(residual, Mapping):
-                columns.append(("residual", f"Residual, {result.name}", dict(residual)))
-        labels = list(dict.fromkeys(label for _, _, values in columns for label in values))
+            found = {**result.quality, "gain": result.gains}
+            for name in ("self_consistency", "residual", "gain"):
+                of_labels = found.get(name)
+                for label, value in (of_labels if isinstance(of_labels, Mapping) else {}).items():
+                    values.setdefault((label, result.name), {})[name] = value
+        labels = list(dict.fromkeys([*(metrics.get("snr") or {}), *(k for k, _ in values)]))
+        order = [(label, name) for label in labels for name in self.material.methods]
+        pairs = [key for key in order if key in values]
+        by_method = [
+            n
+            for n in ("self_consistency", "residual", "gain")
+            if any(n in row for row in values.values())
+        ]
+        head = [("Stack", ""), *((METRICS[n][0], "number") for n in by_stack)]
+        if pairs:
+            head += [("Method", ""), *((METRICS[n][0], "number") for n in by_method)]
         rows = (
-            (label, *(number(values.get(label), METRICS[name][1]) for name, _, values in columns))
-            for label in labels
+            (
+                label,
+                *(number(metrics[n].get(label), METRICS[n][1]) for n in by_stack),
+                *([method] if pairs else []),
+                *(number(values[label, method].get(n), METRICS[n][1]) for n in by_method),
+            )
+            for label, method in pairs or [(label, "") for label in labels]
         )
-        head = (("Stack", ""), *((title, "number") for _, title, _ in columns))
-        return table(head, rows), [name for name, _, _ in columns]
+        return table(head, rows), [*by_stack, *by_method]
 
     def settings(self) -> dict[str, Any]:
         """The settings as TOML."""

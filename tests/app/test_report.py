@@ -410,7 +410,7 @@ def test_methods_that_really_ran(tmp_path):
     assert (folder / "sub-01_desc-trainingirem_T1w.svg").exists()
     sources = [image["src"] or "" for image in page.all("img")]
     assert len([s for s in sources if "residual" in s]) == 9
-    for text in ("Held-out PSNR", "Self-consistency (NCC), irem", "Residual, bspline"):
+    for text in ("Held-out PSNR", "Self-consistency (NCC)", "Residual", "Per stack and method"):
         assert text in page.text
 
 
