@@ -16,9 +16,13 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
+from safetensors import safe_open
+
+from irem_bids.reconstruction.checkpoint import load_state
 
 from .test_end_to_end import QUICK, make_dataset
 
+STATES = {"irem": "training.safetensors", "irem2021": "irem2021.safetensors"}
 IMAGE = "sub-01/anat/sub-01_desc-{}_T1w.nii.gz"
 
 
@@ -84,8 +88,21 @@ def fault_of(path: Path) -> str | None:
     return None if data else "is empty"
 
 
-def checkpoints(work: Path) -> list[Path]:
-    return [p for p in (work / "checkpoints").glob("*/**/*") if p.is_file()]
+def saved_steps(work: Path, method: str) -> int:
+    """Steps of training in the checkpoint, 0 where there is none."""
+    found = load_state(next((work / "checkpoints").glob(f"*/{STATES[method]}"), work / "none"))
+    if found is not None:
+        return int(found[1]["step"])
+    for path in (work / "checkpoints").glob(f"*/{STATES[method]}"):
+        with safe_open(path, "pt") as state:
+            return int(json.loads(state.metadata()["state"])["steps"])
+    return 0
+
+
+def history(work: Path, method: str) -> dict[str, list[float]]:
+    """The curves of the training, with every digit."""
+    fit = work / "irem_bids_wf" / "sub_01_T1w_wf" / f"optimise_{method}" / "model" / "fit.json"
+    return json.loads(fit.read_text())["history"]
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -105,11 +122,13 @@ def test_killed_in_training_and_started_again(tmp_path: Path, method: str) -> No
 
     first = start(tmp_path, "killed", method)
     work, output = tmp_path / "work-killed", tmp_path / "killed"
-    wrong = watch(first, output, lambda: bool(checkpoints(work)))
+    wrong = watch(first, output, lambda: saved_steps(work, method) > 0)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     assert first.returncode == -signal.SIGKILL, "it ended before it left a checkpoint"
     assert not (output / IMAGE.format(method)).exists()
+    whole_history = history(tmp_path / "work-whole", method)
+    assert 0 < saved_steps(work, method) < max(whole_history["step"])
 
     second = start(tmp_path, "killed", method)
     wrong += watch(second, output, lambda: False)
@@ -118,5 +137,6 @@ def test_killed_in_training_and_started_again(tmp_path: Path, method: str) -> No
     assert content(output / IMAGE.format(method)) == content(
         tmp_path / "whole" / IMAGE.format(method)
     )
+    assert history(work, method) == whole_history
     assert not [p for p in output.rglob(".irem-bids-*") if p.is_dir()]
-    assert checkpoints(work) == []
+    assert saved_steps(work, method) == 0  # nothing is left behind
