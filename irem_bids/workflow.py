@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COHORT_NAME = "irem_bids_wf"
 BASE_GB = 0.8  # an interpreter with torch, SimpleITK and the figures' libraries
-BYTES_PER_VOXEL = 160  # of the result, in training; the stacks and their copies are of that order
+BYTES_PER_VOXEL = (100, 100)  # of the result: once, and per stack; measured, rounded up
 
 
 @dataclass(frozen=True)
@@ -177,5 +177,6 @@ def memory_gb(group: Group, settings: Settings, resources: Resources) -> float:
     largest = max(
         math.prod(stack.shape) * math.prod(stack.in_plane) * stack.spacing for stack in group.stacks
     )
-    wanted = BASE_GB + BYTES_PER_VOXEL * largest / finest**3 / 1e9
+    each = BYTES_PER_VOXEL[0] + BYTES_PER_VOXEL[1] * len(group.stacks)
+    wanted = BASE_GB + each * largest / finest**3 / 1e9
     return round(min(wanted, resources.memory_gb), 3)
