@@ -10,7 +10,7 @@ COVERAGE ?= 90
 TESTS ?= tests
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test lint docs install tools clean help
+.PHONY: demo test lint lint-ruff lint-types lint-imports lint-scripts docs install tools clean help
 
 help:
 	@echo "make demo   simulate three stacks, reconstruct them, score the result ($(BUILD)/demo)"
@@ -28,13 +28,20 @@ test: tools
 	COVERAGE_FILE=$(abspath $(BUILD))/.coverage OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 		--cov=irem_bids --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_OPTIONS) $(TESTS)
 
-lint: tools
+lint: lint-ruff lint-types lint-imports lint-scripts
+
+lint-ruff: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: tools
 	$(BIN)/mypy
+
+lint-imports: tools
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck -x $$(grep -lrE '^#!.*\b(ba)?sh\b' .ci docker docs --include='*' \
-		--exclude-dir=_build --exclude-dir=cache)
+
+lint-scripts: tools
+	$(BIN)/shellcheck -x $$(grep -lrE '^#!.*\b(ba)?sh\b' .ci docker docs --exclude-dir=cache)
 	$(BIN)/hadolint Dockerfile
 
 docs: tools
