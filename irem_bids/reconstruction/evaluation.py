@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .gauge import gauge, target_registration_error
+from .gauge import gauge, resample_near, target_registration_error
 from .geometry import Grid, RigidTransform
 from .metrics import MetricError, head_mask, ncc, psnr, ssim
-from .spline import Spline
 
 TRE_POINTS = 5000
 
@@ -57,12 +56,7 @@ def evaluate(
     volume, grid = truth
     inside = head_mask(volume) if mask is None else np.asarray(mask, dtype=bool)
     found = gauge(*reconstruction, volume, grid, inside, threads=threads)
-    spline = Spline(*reconstruction)
-    raw = np.zeros(volume.shape, dtype=np.float32)
-    plane = np.indices(volume.shape[1:]).reshape(2, -1)
-    for i in range(volume.shape[0]):
-        indices = np.vstack([np.full(plane.shape[1], i), plane]).T
-        raw[i] = spline.at(grid.to_world(indices), threads=threads).reshape(volume.shape[1:])
+    raw, _ = resample_near(*reconstruction, grid, inside, RigidTransform(), threads)
     centre = grid.to_world(np.argwhere(inside).mean(axis=0))
     vector = found.transform.to_vector(centre)
     peak = float(np.percentile(volume[inside], 99.9))

@@ -20,8 +20,9 @@ from .geometry import FloatArray, Grid, RigidTransform
 from .metrics import MetricError, head_mask
 from .spline import Spline
 
-LEVELS = ((4.0, 40_000), (2.0, 80_000), (0.0, 200_000))  # smoothing (mm), points
+LEVELS = ((4.0, 20_000), (2.0, 40_000), (0.0, 120_000))  # smoothing (mm), points
 DELTA = 0.02  # mm, step of the numerical derivatives
+SLAB = 1_000_000  # voxels resampled at a time
 ROUNDS = 25  # Levenberg-Marquardt steps per level
 STILL = 1e-4  # mm, rad * mm of lever: a smaller step ends a level
 
@@ -33,7 +34,8 @@ class Gauge:
     Attributes
     ----------
     volume
-        ``scale * reconstruction + offset`` on the truth's grid.
+        ``scale * reconstruction + offset`` on the truth's grid; ``offset`` further from the
+        mask than the window of the SSIM reaches.
     transform
         Points of the truth's space to points of the reconstruction's, RAS+ mm.
     scale, offset
@@ -85,7 +87,9 @@ def gauge(
         )
         vector, scale, offset = fit.solve(vector)
     transform = RigidTransform.from_vector(vector, centre)
-    volume, coverage = _aligned(reconstruction, recon_grid, truth_grid, inside, transform, threads)
+    volume, coverage = resample_near(
+        reconstruction, recon_grid, truth_grid, inside, transform, threads
+    )
     return Gauge(
         volume * np.float32(scale) + np.float32(offset), transform, scale, offset, coverage
     )
@@ -98,7 +102,7 @@ def _smooth(volume: NDArray, grid: Grid, sigma: float) -> NDArray[np.float32]:
     return ndimage.gaussian_filter(values, sigma / grid.voxel_size, mode="nearest", truncate=3.0)
 
 
-def _aligned(
+def resample_near(
     reconstruction: NDArray,
     recon_grid: Grid,
     truth_grid: Grid,
@@ -106,17 +110,24 @@ def _aligned(
     transform: RigidTransform,
     threads: int,
 ) -> tuple[NDArray[np.float32], float]:
-    """The reconstruction on the truth's grid, slab by slab, and the share of the mask it covers."""
+    """The reconstruction on the truth's grid near the mask, and the share of the mask it covers."""
     spline = Spline(reconstruction, recon_grid)
-    volume = np.empty(truth_grid.shape, dtype=np.float32)
-    plane = np.indices(truth_grid.shape[1:]).reshape(2, -1)
-    covered = 0
-    for i in range(truth_grid.shape[0]):
-        indices = np.vstack([np.full(plane.shape[1], i), plane]).T
-        points = transform.apply(truth_grid.to_world(indices))
-        volume[i] = spline.at(points, threads=threads).reshape(truth_grid.shape[1:])
-        covered += int(_within(points[inside[i].ravel()], recon_grid).sum())
+    indices = np.argwhere(near_mask(inside))
+    volume, covered = np.zeros(truth_grid.shape, dtype=np.float32), 0
+    for start in range(0, len(indices), SLAB):
+        piece = indices[start : start + SLAB]
+        points = transform.apply(truth_grid.to_world(piece))
+        volume[tuple(piece.T)] = spline.at(points, threads=threads)
+        covered += int(_within(points[inside[tuple(piece.T)]], recon_grid).sum())
     return volume, covered / int(inside.sum())
+
+
+def near_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The voxels that the SSIM of those in ``mask`` looks at: up to 5 away along each axis."""
+    near = mask
+    for axis in range(mask.ndim):
+        near = ndimage.maximum_filter1d(near.astype(np.uint8), 11, axis=axis, mode="constant") > 0
+    return near
 
 
 def _within(points: FloatArray, grid: Grid) -> NDArray[np.bool_]:

@@ -157,7 +157,8 @@ def test_gauge_leaves_a_perfect_image_alone(volume):
     truth, grid = volume
     found = gauge.gauge(truth, grid, truth, grid)
     assert np.allclose(found.transform.matrix, np.eye(4), atol=1e-6)
-    assert np.allclose(found.volume, truth, atol=0.05)
+    near = gauge.near_mask(metrics.head_mask(truth))
+    assert np.allclose(found.volume[near], truth[near], atol=0.05)
 
 
 def test_gauge_says_what_is_wrong(volume):
