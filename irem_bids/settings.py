@@ -142,7 +142,7 @@ class Acquisition:
         high=50.0,
     )
     profile_points: int = option(
-        9, "points of the quadrature through a slice in training", low=1, high=33
+        5, "points of the quadrature through a slice in training", low=1, high=33
     )
 
 
@@ -176,9 +176,9 @@ class Irem:
     )
     hidden: int = option(64, "neurons per hidden layer", low=4, high=1024)
     layers: int = option(2, "hidden layers", low=1, high=16)
-    epochs: float = option(2.0, "passes over the foreground voxels", low=0.0, high=1000.0)
+    epochs: float = option(1.0, "passes over the foreground voxels", low=0.0, high=1000.0)
     batch_size: int = option(16384, "voxels of the stacks per step", low=16)
-    learning_rate: float = option(2e-3, "learning rate of the network and the grid", low=0.0)
+    learning_rate: float = option(1e-2, "learning rate of the network and the grid", low=0.0)
     penalty: float = option(
         0.02, "weight of the edge-preserving penalty between profile points", low=0.0
     )

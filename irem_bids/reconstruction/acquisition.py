@@ -7,7 +7,7 @@ A voxel of stack *s* at index (i, j, k) is
 
 with F the field, T_s the pose of the stack (scanner to reference space), n_s
 the slices' normal, z_q and w_q the quadrature of the slice profile and g_s the
-stack's gain.  The nodes z_q are multiples of spacing / m, so neighbouring
+stack's receiver, a gain times a smooth bias.  The nodes z_q are multiples of spacing / m, so neighbouring
 slices share them: the field is looked up once per node, then summed.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
@@ -28,7 +28,7 @@ from .geometry import Grid, RigidTransform
 from .stack import Stack
 
 FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))  # of a Gaussian, in standard deviations
-TRUNCATION = 2.5  # standard deviations at which a Gaussian profile ends (1.2 % outside)
+TRUNCATION = 3.0  # standard deviations at which a Gaussian profile ends (0.3 % outside)
 BLOCKS = 2  # row blocks of a sparse product; fixed, so that sums do not depend on threads
 
 
@@ -46,9 +46,10 @@ def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
     Parameters
     ----------
     kind
-        ``gaussian``: full width at half maximum ``thickness``, cut at 2.5 standard
+        ``gaussian``: full width at half maximum ``thickness``, cut at 3 standard
         deviations; the rectangle rule, which converges faster than any power of the step.
-        ``box``: width ``thickness``; each node has the part of the box nearest to it.
+        ``box``: width ``thickness``; equal weights but for the two ends, which give the rule
+        the variance of the box, thickness^2 / 12.
         ``none``: one node, the paper's point sample.
     thickness, step
         mm.
@@ -61,12 +62,14 @@ def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
         offsets = step * np.arange(-reach, reach + 1)
         weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     elif kind == "box":
-        reach = math.ceil(max(0.0, thickness / step - 1) / 2)
+        reach, square = 1, (thickness / step) ** 2
+        while 4 * (reach + 1) * reach <= square:
+            reach += 1
         offsets = step * np.arange(-reach, reach + 1)
-        ends = np.clip(
-            np.stack([offsets - step / 2, offsets + step / 2]), -thickness / 2, thickness / 2
-        )
-        weights = ends[1] - ends[0]
+        inner = reach * (reach - 1) / 3  # mean of j^2 over the inner nodes
+        end = (square / 12 - inner) / (2 * (reach**2 - inner))
+        weights = np.full(2 * reach + 1, (1 - 2 * end) / (2 * reach - 1))
+        weights[[0, -1]] = end
     else:
         raise ValueError(f"unknown slice profile {kind!r}; expected gaussian, box or none")
     return Quadrature(offsets, weights / weights.sum())
@@ -82,6 +85,45 @@ def profile_nodes(kind: str, thickness: float, points: int) -> Quadrature:
     if kind == "gaussian":
         weights = np.exp(-0.5 * (offsets * FWHM / thickness) ** 2)
     return Quadrature(offsets, weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """What a scan multiplies the head's intensity by: a gain and a smooth bias.
+
+    The bias is exp of a quadratic without constant in reference space, about the middle of the
+    result in units of 100 mm; ``bias`` are its nine coefficients.
+
+    >>> float(Receiver(2.0).factors(np.zeros((1, 3), np.float32))[0])
+    2.0
+    """
+
+    gain: float = 1.0
+    bias: NDArray[np.float64] = field(default_factory=lambda: np.zeros(9))
+
+    @staticmethod
+    def terms(voxels: NDArray[np.float32]) -> Tensor:
+        """(N, 9) x, y, z, xx, yy, zz, xy, xz, yz of positions (N, 3), see :func:`bias_positions`."""
+        x, y, z = torch.from_numpy(voxels).T
+        return torch.stack([x, y, z, x * x, y * y, z * z, x * y, x * z, y * z], dim=1)
+
+    def factors(self, voxels: NDArray[np.float32]) -> Tensor:
+        """(N,) gain times bias."""
+        if not self.bias.any():
+            return torch.full((len(voxels),), self.gain)
+        exponent = self.terms(voxels) @ torch.from_numpy(self.bias).float()
+        return self.gain * torch.exp(exponent)
+
+    def image(self, stack: Stack, pose: RigidTransform, origin: NDArray) -> NDArray[np.float32]:
+        """(I, J, K) gain times bias over a whole stack in its pose."""
+        everywhere = np.indices(stack.grid.shape).reshape(3, -1).T
+        points = pose.apply(stack.grid.to_world(everywhere))
+        return self.factors(bias_positions(points, origin)).numpy().reshape(stack.grid.shape)
+
+
+def bias_positions(points: NDArray, origin: NDArray) -> NDArray[np.float32]:
+    """Points of reference space (N, 3), mm, about ``origin`` in units of 100 mm."""
+    return ((points - origin) / 100.0).astype(np.float32)
 
 
 class SparseMap:
@@ -250,7 +292,7 @@ class Nodes:
 class StackModel:
     """The linear forward model of one stack on a voxel grid: volume to predicted voxels.
 
-    ``y = gain * weights @ interpolation @ volume``; rows are ``stack.data[use]``.
+    ``y = weights @ interpolation @ volume``; rows are ``stack.data[use]``.
     """
 
     def __init__(
@@ -260,23 +302,25 @@ class StackModel:
         self.device = device
         self.nodes = Nodes(stack, use, kind, float(grid.voxel_size.min()))
         self.profile = SparseMap(self.nodes.weights, device)
-        self.centre = stack.grid.centre
+        self.centres = stack.grid.to_world(np.argwhere(use))
         self.values = torch.from_numpy(stack.data[use]).to(device)
         self.interpolation: SparseMap
         self.points: NDArray[np.float64]  # nodes in reference space
+        self.voxels: NDArray[np.float32]  # voxel centres for the bias
 
     def set_pose(self, pose: RigidTransform) -> None:
         """Place the stack; builds the interpolation."""
         self.points = pose.apply(self.nodes.points)
+        self.voxels = bias_positions(pose.apply(self.centres), self.grid.centre)
         matrix = interpolation_matrix(self.grid.to_index(self.points), self.grid.shape)
         self.interpolation = SparseMap(matrix, self.device)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """(voxels of the grid,) to (N,), without the gain."""
+        """(voxels of the grid,) to (N,), before the receiver."""
         return self.profile.forward(self.interpolation.forward(volume))
 
     def adjoint(self, residual: Tensor) -> Tensor:
-        """(N,) to (voxels of the grid,), without the gain."""
+        """(N,) to (voxels of the grid,), before the receiver."""
         return self.interpolation.adjoint(self.profile.adjoint(residual))
 
     def coverage(self) -> Tensor:
@@ -305,10 +349,15 @@ class StackModel:
 
 
 def predict(
-    field: torch.nn.Module, stack: Stack, pose: RigidTransform, gain: float, acquisition: Acquisition
+    field: torch.nn.Module,
+    stack: Stack,
+    pose: RigidTransform,
+    gain: float | NDArray[np.float32],
+    acquisition: Acquisition,
 ) -> NDArray[np.float32]:
     """The stack as the field predicts it: (I, J, K) scaled intensity, 0 outside its mask.
 
+    ``gain`` is a number or (I, J, K), see :meth:`Receiver.image`;
     ``field`` maps points (N, 3) in mm to (N,) intensities and may lie on any device.
     """
     tensors = [*field.parameters(), *field.buffers()]
@@ -321,5 +370,5 @@ def predict(
             part = points[start : start + 2**18].to(device)
             values[start : start + len(part)] = field(part).cpu().numpy()
     out = np.zeros(stack.grid.shape, dtype=np.float32)
-    out[stack.mask] = gain * (nodes.weights @ values)
-    return out
+    out[stack.mask] = nodes.weights @ values
+    return out * np.asarray(gain, dtype=np.float32)

@@ -22,7 +22,9 @@ def resample_stack(
 
     Voxels outside are 0.  ``pose`` maps the stack's scanner space to reference space.
     """
-    coefficients = spline_filter(stack.data, order=order, output=np.float32, mode="mirror") if order > 1 else stack.data
+    coefficients = stack.data
+    if order > 1:
+        coefficients = spline_filter(stack.data, order=order, output=np.float32, mode="mirror")
     back = np.linalg.inv(stack.grid.affine) @ pose.inverse().matrix @ grid.affine
     values = np.zeros(grid.shape, dtype=np.float32)
     inside = np.zeros(grid.shape, dtype=bool)
@@ -34,7 +36,7 @@ def resample_stack(
         index = back[:3, :3] @ part + back[:3, 3:]
         shape = values[start : start + rows].shape
         values[start : start + rows] = map_coordinates(
-            coefficients, index, order=order, mode="nearest", prefilter=False, output=np.float32
+            coefficients, index, order=order, mode="mirror", prefilter=False, output=np.float32
         ).reshape(shape)
         inside[start : start + rows] = ((index >= -0.5) & (index <= limits)).all(axis=0).reshape(shape)
     values[~inside] = 0

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The profile-aware solution on a voxel grid: least squares with total variation.
 
-    minimise over x   1/2 sum_s c_s || y_s - g_s A_s x ||^2 + lambda sum_v h(|grad x|_v)
+    minimise over x   1/2 sum_s c_s || y_s - G_s A_s x ||^2 + lambda sum_v h(|grad x|_v)
 
-A_s is the forward model of stack s (:mod:`.acquisition`), c_s the ratio of the mean noise
+A_s is the forward model of stack s (:mod:`.acquisition`), G_s its gain times its smooth bias
+(:class:`Receiver`), c_s the ratio of the mean noise
 variance to the stack's, h the Huber-like sqrt(t^2 + delta^2).  Solved by iteratively
 reweighted least squares with preconditioned conjugate gradients (Ebner et al. 2020 use the
 same terms).  Poses and gains may be refined at the same time: see :func:`refine`.
@@ -12,13 +13,13 @@ same terms).  Poses and gains may be refined at the same time: see :func:`refine
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .acquisition import StackModel
+from .acquisition import Receiver, StackModel
 from .geometry import RigidTransform
 
 Projector = Callable[[Tensor], Tensor]
@@ -34,18 +35,17 @@ class Prior:
 
 @dataclass
 class System:
-    """The stacks' models with their poses, gains and weights.
+    """The stacks' models with their poses, receivers and weights.
 
     ``domain``: (X, Y, Z) float, 1 where the volume may differ from 0.
     """
 
     models: list[StackModel]
     poses: list[RigidTransform]
-    gains: list[float]
+    receivers: list[Receiver]
     confidence: list[float]
     domain: Tensor
     reference: int
-    voxel_weights: list[Tensor] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,11 +57,19 @@ class System:
         for model, pose in zip(self.models, self.poses, strict=True):
             model.set_pose(pose)
 
+    def factors(self) -> list[Tensor]:
+        """Per stack (N,): gain times bias."""
+        return [
+            r.factors(m.voxels).to(m.device)
+            for m, r in zip(self.models, self.receivers, strict=True)
+        ]
+
     def residuals(self, volume: Tensor) -> list[Tensor]:
         """Per stack (N,): acquired minus predicted."""
         flat = volume.reshape(-1)
         return [
-            m.values - g * m.forward(flat) for m, g in zip(self.models, self.gains, strict=True)
+            m.values - g * m.forward(flat)
+            for m, g in zip(self.models, self.factors(), strict=True)
         ]
 
 
@@ -131,11 +139,12 @@ def solve(
     """
     shape, domain = system.shape, system.domain
     remove = projectors or [lambda r: r] * len(system.models)
-    parts = list(zip(system.models, system.gains, system.confidence, remove, strict=True))
-    target = sum(c * g * m.adjoint(p(m.values)) for m, g, c, p in parts)
-    diagonal = sum(
-        c * g * g * m.coverage() * _mean_weight(m) for m, g, c, _ in parts
-    ).reshape(shape)
+    parts = list(zip(system.models, system.factors(), system.confidence, remove, strict=True))
+    target = torch.stack([c * m.adjoint(g * p(m.values)) for m, g, c, p in parts]).sum(0)
+    diagonal = torch.stack(
+        [c * float((g * g).mean()) * m.coverage() * _mean_weight(m) for m, g, c, _ in parts]
+    )
+    diagonal = diagonal.sum(0).reshape(shape)
     target = target.reshape(shape) * domain
     volume = start
     per_round = max(1, iterations // reweightings)
@@ -144,7 +153,9 @@ def solve(
 
         def normal(x: Tensor, weights: Tensor = weights) -> Tensor:
             flat = x.reshape(-1)
-            data = sum(c * g * g * m.adjoint(p(m.forward(flat))) for m, g, c, p in parts)
+            data = torch.zeros_like(flat)
+            for m, g, c, p in parts:
+                data += c * m.adjoint(g * p(g * m.forward(flat)))
             return (data.reshape(shape) + penalty_gradient(x, weights)) * domain
 
         scale = diagonal + 6 * weights
@@ -172,65 +183,65 @@ def refine(
     reweightings: int,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """Image, poses and gains together, by Gauss-Newton with the poses projected out.
+    """Image, poses, gains and bias together, by Gauss-Newton with the latter projected out.
 
-    Each round linearises the poses and gains of all stacks but the reference about the present
-    volume (N, 7 columns D_s), solves for the image with the data term projected onto the
-    complement of D_s (variable projection), then takes the step of the poses and gains that
-    the remaining residual asks for.  The reference stack keeps its pose and gain: that fixes
-    the common rigid motion and the common scale.
+    Each round linearises the receivers and poses about the present volume (columns D_s: six of
+    the pose, one of the gain, nine of the bias), solves for the image with the data term
+    projected onto the complement of D_s (variable projection), then takes the step that the
+    remaining residual asks for.  The gauge: the reference stack keeps its pose and its gain;
+    the logarithms of the bias fields sum to 0 over the stacks.
 
     Changes ``system`` in place; returns the volume and the largest step of each round (mm).
     """
     volume, steps = start, []
     for turn in range(rounds):
-        bases = [
-            None if s == system.reference else _basis(system, s, volume)
-            for s in range(len(system.models))
-        ]
-        projectors: list[Projector] = [
-            (lambda r: r) if b is None else (lambda r, q=b[0]: r - q @ (q.T @ r)) for b in bases
-        ]
+        bases = [_basis(system, s, volume) for s in range(len(system.models))]
+        projectors: list[Projector] = [lambda r, q=b[0]: r - q @ (q.T @ r) for b in bases]
         volume = solve(
             system, volume, prior,
             iterations=iterations, reweightings=reweightings, projectors=projectors,
         )
-        largest = 0.0
-        for s, residual in enumerate(system.residuals(volume)):
-            basis = bases[s]
-            if basis is not None:
-                largest = max(largest, _step(system, s, basis, residual))
+        residuals = system.residuals(volume)
+        steps.append(max(_step(system, s, bases[s], r) for s, r in enumerate(residuals)))
+        mean = np.mean([r.bias for r in system.receivers], axis=0)
+        system.receivers = [replace(r, bias=r.bias - mean) for r in system.receivers]
         system.place()
-        steps.append(largest)
         if progress:
             progress((turn + 1) / rounds)
     return volume, steps
 
 
 def _basis(system: System, s: int, volume: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal (N, 7) columns of pose and gain derivatives, and R^-1 of their QR."""
+    """Orthonormal columns of the derivatives of stack ``s``, and R^-1 of their QR."""
     model, flat = system.models[s], volume.reshape(-1)
-    columns = torch.cat(
-        [system.gains[s] * model.pose_derivatives(flat), model.forward(flat)[:, None]], dim=1
-    )
+    factor = system.receivers[s].factors(model.voxels).to(model.device)
+    predicted = factor * model.forward(flat)
+    parts = [predicted[:, None] * system.receivers[s].terms(model.voxels).to(model.device)]
+    if s != system.reference:
+        parts = [factor[:, None] * model.pose_derivatives(flat), predicted[:, None], *parts]
+    columns = torch.cat(parts, dim=1)
     gram = (columns.T.double() @ columns.double()).cpu()
     size = gram.diagonal().sqrt().clamp_min(1e-12)
-    lower = torch.linalg.cholesky(
-        gram / size[:, None] / size[None, :] + 1e-9 * torch.eye(7, dtype=torch.float64)
-    )
+    identity = torch.eye(len(gram), dtype=torch.float64)
+    lower = torch.linalg.cholesky(gram / size[:, None] / size[None, :] + 1e-7 * identity)
     inverse = (torch.linalg.inv(lower).T / size[:, None]).float().to(columns.device)
     return columns @ inverse, inverse
 
 
 def _step(system: System, s: int, basis: tuple[Tensor, Tensor], residual: Tensor) -> float:
-    """Take the pose and gain step; returns its size in mm at 50 mm from the centre."""
+    """Take the step of a stack; returns the motion's size in mm at 50 mm from the centre."""
     orthonormal, inverse = basis
     step = (inverse @ (orthonormal.T @ residual)).double().cpu().numpy()
-    angle, shift = np.linalg.norm(step[:3]), np.linalg.norm(step[3:6])
-    size = float(angle * 50.0 + shift)
+    receiver = system.receivers[s]
+    bias = np.clip(receiver.bias + step[-receiver.bias.size :], -1.0, 1.0)
+    if s == system.reference:
+        system.receivers[s] = replace(receiver, bias=bias)
+        return 0.0
+    size = float(np.linalg.norm(step[:3]) * 50.0 + np.linalg.norm(step[3:6]))
     if size > 5.0:  # a linearisation holds for about a voxel: go only part of the way
         step[:6] *= 5.0 / size
     motion = RigidTransform.from_vector(step[:6], system.models[s].pivot)
     system.poses[s] = motion @ system.poses[s]
-    system.gains[s] *= float(np.clip(1.0 + step[6] / system.gains[s], 0.5, 2.0))
+    gain = receiver.gain * float(np.clip(1.0 + step[6], 0.5, 2.0))
+    system.receivers[s] = replace(receiver, gain=gain, bias=bias)
     return size

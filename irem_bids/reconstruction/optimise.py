@@ -6,16 +6,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..settings import Settings
-from .acquisition import StackModel, interpolation_matrix, predict
+from .acquisition import Receiver, StackModel, interpolation_matrix, predict
 from .baselines import bspline
 from .checkpoint import load_state, save_state
 from .fields import Field, GridField, ResidualField, load_model, save_model
@@ -23,9 +24,11 @@ from .geometry import Grid, RigidTransform
 from .linear import Prior, System, refine, solve
 from .prepare import Prepared, write_json
 from .registration import ncc
+from .stack import Stack
 from .training import Progress, Samples, Training, quadratures
 
 STRENGTH = 9.0  # default weight of total variation over the stacks' mean noise variance
+POINT_SAMPLED = ("bspline", "irem2021")
 COARSE = 2.0  # voxel of the first, coarse solution over the result's
 
 
@@ -34,7 +37,7 @@ class Fit:
     """A trained field with the poses and gains that belong to it.
 
     ``poses``: label of a stack to its pose (scanner space to reference space);
-    ``gains``: label to gain, the reference's is 1; ``history``: the curves ``step``/``loss``
+    ``receivers``: label to gain and bias, the reference's gain is 1; ``history``: the curves ``step``/``loss``
     and ``held_out_step``/``held_out`` (mean squared errors); ``info``: seconds, device,
     strength of the penalty and the like.
     """
@@ -44,9 +47,14 @@ class Fit:
     grid: Grid
     scale: float
     poses: dict[str, RigidTransform]
-    gains: dict[str, float]
+    receivers: dict[str, Receiver]
     history: dict[str, list[float]]
     info: dict[str, Any]
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """Label of a stack to its gain."""
+        return {label: receiver.gain for label, receiver in self.receivers.items()}
 
     def record(self) -> dict[str, Any]:
         """Everything but the field, JSON-safe."""
@@ -54,9 +62,22 @@ class Fit:
             "method": self.method,
             "poses": {label: pose.matrix.tolist() for label, pose in self.poses.items()},
             "gains": self.gains,
+            "bias": {label: receiver.bias.tolist() for label, receiver in self.receivers.items()},
             "history": self.history,
             "info": self.info,
         }
+
+    def predict(self, stack: Stack, settings: Settings) -> NDArray[np.float32]:
+        """The stack as this fit predicts it: (I, J, K) scaled intensity, 0 outside its mask.
+
+        Methods that fit point samples predict point samples.
+        """
+        acquisition = settings.acquisition
+        if self.method in POINT_SAMPLED:
+            acquisition = replace(acquisition, profile="none")
+        pose = self.poses[stack.label]
+        receiver = self.receivers[stack.label].image(stack, pose, self.grid.centre)
+        return predict(self.field, stack, pose, receiver, acquisition)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``model.safetensors`` and, last, ``fit.json``."""
@@ -76,7 +97,8 @@ class Fit:
         return cls(
             record["method"], model.field, model.grid, model.scale,
             {label: RigidTransform(m) for label, m in record["poses"].items()},
-            record["gains"], record["history"], record["info"],
+            {k: Receiver(g, np.array(record["bias"][k])) for k, g in record["gains"].items()},
+            record["history"], record["info"],
         )
 
 
@@ -145,11 +167,11 @@ def fit(
 def _result(job: Job, method: str, field: Field, **found: Any) -> Fit:
     labels = [stack.label for stack in job.prepared.stacks]
     poses = found.get("poses", job.prepared.poses)
-    gains = found.get("gains", [1.0] * len(labels))
+    receivers = found.get("receivers", [Receiver()] * len(labels))
     return Fit(
         method, field, job.grid, job.prepared.scale,
         dict(zip(labels, poses, strict=True)),
-        {label: float(g) for label, g in zip(labels, gains, strict=True)},
+        dict(zip(labels, receivers, strict=True)),
         found.get("history", {}), found.get("info", {}),
     )
 
@@ -178,7 +200,7 @@ class Linear:
     info: dict[str, Any]
 
 
-def build_system(job: Job, grid: Grid, poses: list[RigidTransform], gains: list[float]) -> System:
+def build_system(job: Job, grid: Grid, poses: list[RigidTransform], receivers: list[Receiver]) -> System:
     """The stacks' linear models on ``grid``; voxels seen by no stack stay 0."""
     prepared, kind = job.prepared, job.settings.acquisition.profile
     models = [
@@ -189,7 +211,7 @@ def build_system(job: Job, grid: Grid, poses: list[RigidTransform], gains: list[
     variance = np.maximum(noise, 1e-4) ** 2
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
     system = System(
-        models, list(poses), list(gains), [float(c) for c in confidence],
+        models, list(poses), list(receivers), [float(c) for c in confidence],
         torch.empty(0), prepared.reference,
     )
     system.place()
@@ -211,7 +233,7 @@ def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
     """Coarse then fine; with ``refined``, poses and gains along with the image."""
     options, prior = job.settings.srr, penalty_strength(job.prepared, job.settings)
     coarse = job.grid.resampled(COARSE * float(job.grid.voxel_size[0]))
-    system = build_system(job, coarse, list(job.prepared.poses), [1.0] * len(job.prepared.stacks))
+    system = build_system(job, coarse, list(job.prepared.poses), [Receiver()] * len(job.prepared.stacks))
     start = torch.zeros(coarse.shape, device=job.device)
     volume = solve(system, start, prior, iterations=20, reweightings=2)
     progress(0.2, "coarse solution")
@@ -222,10 +244,10 @@ def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
             system, volume, prior, rounds=rounds, iterations=10, reweightings=1,
             progress=lambda f: progress(0.2 + 0.2 * f, "poses and gains"),
         )
-    poses, gains = system.poses, system.gains
+    poses, receivers = system.poses, system.receivers
     del system
     volume = _carry(volume, coarse, job.grid)
-    system = build_system(job, job.grid, poses, gains)
+    system = build_system(job, job.grid, poses, receivers)
     progress(0.5, "fine grid")
     if rounds:
         volume = solve(system, volume, prior, iterations=10, reweightings=1)
@@ -267,13 +289,13 @@ def _fit_irem(job: Job) -> Fit:
     field.base.volume.copy_(linear.volume)
     training = Training(
         field, train, held, quadratures(list(job.prepared.stacks), job.settings),
-        linear.system.gains, job.settings, job.device,
+        job.settings, job.device,
     )
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
     return _result(
-        job, "irem", field, poses=linear.system.poses, gains=linear.system.gains,
+        job, "irem", field, poses=linear.system.poses, receivers=linear.system.receivers,
         history=training.history, info=info,
     )
 
@@ -292,26 +314,33 @@ def _linear_or_saved(job: Job) -> Linear:
         if path is not None:
             record = {
                 "poses": [p.matrix.tolist() for p in linear.system.poses],
-                "gains": linear.system.gains,
+                "gains": [r.gain for r in linear.system.receivers],
+                "bias": [r.bias.tolist() for r in linear.system.receivers],
                 "info": linear.info,
             }
             save_state(path, {"volume": linear.volume}, record)
         return linear
     tensors, record = found
     poses = [RigidTransform(m) for m in record["poses"]]
-    system = build_system(job, job.grid, poses, record["gains"])
+    receivers = [
+        Receiver(gain, np.array(bias))
+        for gain, bias in zip(record["gains"], record["bias"], strict=True)
+    ]
+    system = build_system(job, job.grid, poses, receivers)
     return Linear(tensors["volume"].to(job.device), system, record["info"])
 
 
 def _samples(job: Job, linear: Linear, uses: list[np.ndarray]) -> Samples:
     """Voxels with the residual of the linear solution as their target."""
-    residuals, flat = [], linear.volume.reshape(-1)
+    residuals, factors, flat = [], [], linear.volume.reshape(-1)
     kind = job.settings.acquisition.profile
     for index, (stack, use) in enumerate(zip(job.prepared.stacks, uses, strict=True)):
         model = StackModel(stack, use, job.grid, kind, job.device)
         model.set_pose(linear.system.poses[index])
-        residuals.append(model.values - linear.system.gains[index] * model.forward(flat))
-    return Samples(list(job.prepared.stacks), uses, linear.system.poses, residuals, job.device)
+        factors.append(linear.system.receivers[index].factors(model.voxels).to(job.device))
+        residuals.append(model.values - factors[-1] * model.forward(flat))
+    stacks = list(job.prepared.stacks)
+    return Samples(stacks, uses, linear.system.poses, residuals, factors, job.device)
 
 
 # -------------------------------------------------------------------------- irem2021
@@ -352,19 +381,15 @@ def quality(prepared: Prepared, result: Fit, settings: Settings) -> dict[str, An
     """
     acquired, predicted = [], []
     consistency, residual, turn, shift = {}, {}, {}, {}
-    profile = settings.acquisition
-    if result.method in ("bspline", "irem2021"):
-        profile = type(profile)(profile="none")  # these fit point samples
     centre = _centre(prepared)
     for stack, held in zip(prepared.stacks, prepared.held_out, strict=True):
-        pose, gain = result.poses[stack.label], result.gains[stack.label]
-        image = predict(result.field, stack, pose, gain, profile)
+        image = result.predict(stack, settings)
         acquired.append(stack.data[held])
         predicted.append(image[held])
         consistency[stack.label] = ncc(stack.data[stack.mask], image[stack.mask])
         error = (stack.data - image)[stack.mask].astype(np.float64)
         residual[stack.label] = float(np.sqrt(np.mean(error**2)))
-        vector = pose.to_vector(centre)
+        vector = result.poses[stack.label].to_vector(centre)
         turn[stack.label] = float(np.rad2deg(np.linalg.norm(vector[:3])))
         shift[stack.label] = float(np.linalg.norm(vector[3:]))
     a, b = np.concatenate(acquired), np.concatenate(predicted)

@@ -44,6 +44,8 @@ class Samples:
         (N,) residuals of the linear solution, scaled intensity.
     stack
         (N,) index of the stack.
+    factors
+        (N,) gain times bias.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Samples:
         uses: list[Mask],
         poses: list[RigidTransform],
         residuals: list[Tensor],
+        factors: list[Tensor],
         device: str,
     ) -> None:
         centres, number = [], []
@@ -63,6 +66,7 @@ class Samples:
         self.centres = torch.cat(centres).to(device)
         self.stack = torch.cat(number).to(device)
         self.targets = torch.cat(residuals).to(device)
+        self.factors = torch.cat(factors).to(device)
         self.normals = torch.from_numpy(np.stack(normals)).float().to(device)
 
     def __len__(self) -> int:
@@ -78,7 +82,6 @@ class Training:
         samples: Samples,
         held_out: Samples,
         quadratures: list[Quadrature],
-        gains: list[float],
         settings: Settings,
         device: str,
     ) -> None:
@@ -87,7 +90,6 @@ class Training:
         self.options = settings.irem
         self.offsets = _stacked([q.offsets for q in quadratures], device)
         self.weights = _stacked([q.weights for q in quadratures], device)
-        self.gains = torch.tensor(gains, dtype=torch.float32, device=device)
         self.optimiser = torch.optim.Adam(
             [p for p in field.parameters() if p.requires_grad],
             lr=self.options.learning_rate, betas=(0.9, 0.99), eps=1e-15,
@@ -153,7 +155,7 @@ class Training:
         along = self.offsets[which][:, :, None] * samples.normals[which][:, None, :]
         points = samples.centres[batch][:, None, :] + along
         values = self.field.residual(points.reshape(-1, 3)).reshape(points.shape[:2])
-        return self.gains[which] * (self.weights[which] * values).sum(1), values, points
+        return samples.factors[batch] * (self.weights[which] * values).sum(1), values, points
 
     def loss(self, samples: Samples, batch: Tensor) -> Tensor:
         """Of a batch of voxels, indices (B,)."""

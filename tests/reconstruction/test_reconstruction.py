@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From stacks to volumes on a small phantom whose truth and poses are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.phantom import head
+
+from irem_bids.reconstruction.baselines import bspline, resample_stack
+from irem_bids.reconstruction.fields import GridField, ModelError, ResidualField, load_model
+from irem_bids.reconstruction.geometry import Grid, RigidTransform
+from irem_bids.reconstruction.linear import huber_weights, penalty_gradient
+from irem_bids.reconstruction.metrics import psnr
+from irem_bids.reconstruction.optimise import Fit, fit, quality
+from irem_bids.reconstruction.prepare import Prepared, head_mask, output_grid, prepare
+from irem_bids.reconstruction.sample import sample
+from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, simulate
+from irem_bids.reconstruction.stack import ImageError, Stack
+from irem_bids.settings import Settings
+
+SETTINGS = Settings.from_dict(
+    {
+        "normalise": {"n4": False},
+        "irem": {"epochs": 2.0, "batch_size": 2048, "levels": 2, "hidden": 16},
+        "irem2021": {"epochs_2021": 3, "batch_size_2021": 2500},
+        "run": {"checkpoint_seconds": 0.0},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[np.ndarray, Grid]:
+    return head((40, 44, 36), 2.0)
+
+
+@pytest.fixture(scope="module")
+def stacks(truth: tuple[np.ndarray, Grid]) -> tuple[SimulatedStack, ...]:
+    protocol = Protocol(
+        thickness=6.0, motion_degrees=4, motion_mm=3, gain=0.08, snr=60, seed=3, margin=6.0
+    )
+    return simulate(*truth, protocol)
+
+
+@pytest.fixture(scope="module")
+def prepared(stacks: tuple[SimulatedStack, ...]) -> Prepared:
+    return prepare([s.stack for s in stacks], SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def fits(prepared: Prepared) -> dict[str, Fit]:
+    grid = output_grid(prepared, SETTINGS.output)
+    return {m: fit(m, prepared, grid, SETTINGS) for m in ("bspline", "srr", "irem")}
+
+
+def true_error(stacks: tuple[SimulatedStack, ...], prepared: Prepared, poses: list[RigidTransform]) -> list[float]:
+    """Per stack, mean distance (mm) of points of the head from where they belong."""
+    reference = prepared.stacks[prepared.reference]
+    points = reference.grid.to_world(np.argwhere(reference.mask))[::29]
+    into_truth = stacks[prepared.reference].pose
+    return [
+        float(
+            np.linalg.norm(
+                pose.apply(s.pose.inverse().apply(into_truth.apply(points))) - points, axis=1
+            ).mean()
+        )
+        for s, pose in zip(stacks, poses, strict=True)
+    ]
+
+
+def score(
+    volume: np.ndarray, grid: Grid, truth: tuple[np.ndarray, Grid], pose: RigidTransform
+) -> float:
+    """PSNR on ``grid`` at the true pose of the reference, after a gain."""
+    image = Stack("t", truth[0], truth[1], 2, 2.0, truth[0] > 0)
+    expected, _ = resample_stack(image, pose.inverse(), grid)
+    inside = expected > 20
+    gain = (volume[inside] @ expected[inside]) / (volume[inside] @ volume[inside])
+    return psnr(gain * volume, expected, inside)
+
+
+def test_registration_recovers_the_hidden_motion(
+    stacks: tuple[SimulatedStack, ...], prepared: Prepared
+) -> None:
+    before = true_error(stacks, prepared, [RigidTransform()] * 3)
+    after = true_error(stacks, prepared, list(prepared.poses))
+    assert max(before) > 1.0
+    assert max(after) < 0.3
+    assert prepared.metrics["ncc_after"] > prepared.metrics["ncc_before"]
+    assert prepared.poses[prepared.reference] == RigidTransform()
+
+
+def test_refinement_brings_poses_and_gains_nearer(
+    stacks: tuple[SimulatedStack, ...], prepared: Prepared, fits: dict[str, Fit]
+) -> None:
+    registered = true_error(stacks, prepared, list(prepared.poses))
+    refined = true_error(stacks, prepared, list(fits["irem"].poses.values()))
+    assert np.mean(refined) < np.mean(registered)
+    assert max(refined) < 0.15
+    scale = [s.draw.gain / (p.data.max() / s.stack.data.max()) for s, p in zip(stacks, prepared.stacks, strict=True)]
+    assert len(scale) == 3
+
+
+def test_methods_rank_as_they_should(
+    truth: tuple[np.ndarray, Grid],
+    stacks: tuple[SimulatedStack, ...],
+    prepared: Prepared,
+    fits: dict[str, Fit],
+) -> None:
+    grid, pose = output_grid(prepared, SETTINGS.output), stacks[prepared.reference].pose
+    found = {m: score(sample(f.field, grid), grid, truth, pose) for m, f in fits.items()}
+    assert found["srr"] > found["bspline"] + 2
+    assert found["irem"] > found["srr"] - 0.1
+
+
+def test_held_out_voxels_are_predicted(prepared: Prepared, fits: dict[str, Fit]) -> None:
+    sharp, blurred = (quality(prepared, fits[m], SETTINGS) for m in ("irem", "bspline"))
+    assert sharp["held_out_voxels"] == sum(int(h.sum()) for h in prepared.held_out)
+    assert sharp["held_out_psnr"] > blurred["held_out_psnr"]
+    assert 0.9 < sharp["held_out_ncc"] <= 1
+    assert set(sharp["self_consistency"]) == {"axial1", "coronal1", "sagittal1"}
+
+
+def test_held_out_voxels_are_never_trained_on(prepared: Prepared) -> None:
+    """Changing them changes nothing."""
+    grid = output_grid(prepared, SETTINGS.output)
+    poisoned = replace(
+        prepared,
+        stacks=tuple(
+            s.with_data(np.where(h, 9.0, s.data))
+            for s, h in zip(prepared.stacks, prepared.held_out, strict=True)
+        ),
+    )
+    a, b = (fit("srr", p, grid, SETTINGS).field for p in (prepared, poisoned))
+    assert torch.equal(a.volume, b.volume)
+
+
+def test_output_grid_covers_every_head(prepared: Prepared) -> None:
+    grid = output_grid(prepared, SETTINGS.output)
+    assert np.allclose(grid.voxel_size, grid.voxel_size[0])
+    for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
+        index = grid.to_index(pose.apply(stack.grid.to_world(np.argwhere(stack.mask))))
+        assert index.min() >= 0
+        assert (index <= np.array(grid.shape) - 1).all()
+
+
+def test_prepared_survives_saving(prepared: Prepared, tmp_path: Path) -> None:
+    again = Prepared.load(prepared.save(tmp_path))
+    assert again.scale == prepared.scale
+    assert again.metrics == prepared.metrics
+    for a, b in zip(prepared.stacks, again.stacks, strict=True):
+        assert a.grid == b.grid
+        assert np.array_equal(a.data, b.data)
+        assert np.array_equal(a.mask, b.mask)
+    for a, b in zip(prepared.held_out, again.held_out, strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["bspline", "srr", "irem", "irem2021"])
+def test_fit_survives_saving(method: str, prepared: Prepared, fits: dict[str, Fit], tmp_path: Path) -> None:
+    grid = output_grid(prepared, SETTINGS.output)
+    result = fits.get(method) or fit(method, prepared, grid, SETTINGS)
+    again = Fit.load(result.save(tmp_path))
+    small = grid.resampled(8.0)
+    assert np.array_equal(sample(result.field, small), sample(again.field, small))
+    assert again.poses == result.poses
+    assert again.gains == result.gains
+    assert again.history == result.history
+    model = load_model(tmp_path / "model.safetensors")
+    assert model.grid == grid
+    assert model.scale == prepared.scale
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="not a model of irem-bids"):
+        load_model(path)
+    with pytest.raises(ModelError, match="no such file"):
+        load_model(tmp_path / "absent")
+
+
+class _Stop(Exception):
+    """The process dies here."""
+
+
+@pytest.mark.parametrize("method", ["irem", "irem2021"])
+def test_an_interrupted_training_ends_with_the_same_numbers(
+    method: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    grid = output_grid(prepared, SETTINGS.output)
+    whole = fit(method, prepared, grid, SETTINGS)
+
+    def stop(fraction: float, message: str) -> None:
+        if fraction > 0.7:
+            raise _Stop(message)
+
+    with pytest.raises(_Stop):
+        fit(method, prepared, grid, SETTINGS, checkpoint=tmp_path, progress=stop)
+    assert list(tmp_path.glob("*.safetensors"))
+    resumed = fit(method, prepared, grid, SETTINGS, checkpoint=tmp_path)
+    for name, tensor in whole.field.state_dict().items():
+        assert torch.equal(tensor, resumed.field.state_dict()[name]), name
+    assert resumed.history == whole.history
+
+
+def test_untrained_residual_is_zero_and_gradients_reach_every_table() -> None:
+    field = ResidualField(
+        (12, 12, 12), np.eye(4).tolist(),
+        levels=3, features=2, finest=2.0, hidden=8, layers=2, scale=0.1,
+    )
+    points = torch.rand(500, 3) * 11
+    assert torch.equal(field(points), torch.zeros(500))
+    torch.nn.init.ones_(field.network[-1].weight)
+    field.residual(points).sum().backward()
+    assert all(float(t.grad.abs().sum()) > 0 for t in field.tables)
+
+
+def test_grid_field_is_trilinear_in_the_world() -> None:
+    from scipy.ndimage import map_coordinates
+
+    random = np.random.default_rng(0)
+    volume = random.normal(size=(6, 7, 8)).astype(np.float32)
+    affine = RigidTransform.from_vector([0.3, 0.1, -0.2, 5, 6, 7]).matrix @ np.diag([2, 2, 2, 1.0])
+    field = GridField((6, 7, 8), affine.tolist(), torch.from_numpy(volume))
+    index = random.uniform(0, 1, (40, 3)) * [5, 6, 7]
+    points = Grid((6, 7, 8), affine).to_world(index)
+    found = field(torch.from_numpy(points).float()).numpy()
+    assert np.allclose(found, map_coordinates(volume, index.T, order=1), atol=1e-4)
+
+
+def test_penalty_gradient_against_autograd() -> None:
+    volume = torch.rand(5, 6, 7, dtype=torch.float64, requires_grad=True)
+    width = 0.3
+    total = torch.full((5, 6, 7), width**2, dtype=torch.float64)
+    for axis in range(3):
+        step = volume.diff(dim=axis)
+        pad = [0, 0] * (2 - axis) + [0, 1]
+        total = total + torch.nn.functional.pad(step**2, pad)
+    total.sqrt().sum().backward()
+    found = penalty_gradient(volume.detach(), huber_weights(volume.detach(), width))
+    assert torch.allclose(found, volume.grad)
+
+
+def test_bspline_of_one_stack_gives_back_its_voxels() -> None:
+    data = np.random.default_rng(0).random((6, 6, 6)).astype(np.float32)
+    stack = Stack("s", data, Grid((6, 6, 6), np.eye(4)), 2, 1.0, np.ones((6, 6, 6), bool))
+    assert np.allclose(bspline([stack], [RigidTransform()], stack.grid), data, atol=1e-4)
+
+
+def test_head_mask_holds_dim_tissue_and_leaves_air(truth: tuple[np.ndarray, Grid]) -> None:
+    data = truth[0] + np.abs(np.random.default_rng(0).normal(0, 3, truth[0].shape)).astype(np.float32)
+    mask = head_mask(Stack("s", data, truth[1], 2, 2.0, np.ones(data.shape, bool)))
+    assert mask[truth[0] > 30].mean() > 0.999
+    assert mask.mean() < 0.8
+
+
+def test_images_without_a_head_are_refused() -> None:
+    grid, mask = Grid((8, 8, 8), np.eye(4)), np.ones((8, 8, 8), bool)
+    flat = Stack("flat", np.full((8, 8, 8), 3.0, np.float32), grid, 2, 1.0, mask)
+    with pytest.raises(ImageError, match="flat: all voxels have one value"):
+        prepare([flat, flat], SETTINGS)
+
+
+def test_unknown_method_names_the_known_ones(prepared: Prepared) -> None:
+    with pytest.raises(ValueError, match="expected one of irem, irem2021, srr, bspline"):
+        fit("magic", prepared, prepared.stacks[0].grid, SETTINGS)
