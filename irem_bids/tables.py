@@ -110,6 +110,7 @@ COLUMNS = {
     "stacks": "Number of stacks used",
     "held_out_psnr": "Peak signal-to-noise ratio of the prediction of held-out voxels, dB",
     "held_out_ncc": "Normalised cross-correlation of predicted and measured held-out voxels",
+    "held_out_voxels": "Number of held-out voxels",
     "ncc_before": "Mean normalised cross-correlation of pairs of stacks before registration",
     "ncc_after": "Mean normalised cross-correlation of pairs of stacks after registration",
     "snr_result": "Signal-to-noise ratio of the reconstruction",
@@ -119,7 +120,10 @@ PREFIXES = {
     "snr_": "Signal-to-noise ratio of a stack: ",
     "noise_": "Standard deviation of the noise within slices, scaled intensity, of a stack: ",
     "masked_": "Origin of the mask of a stack: ",
-    "gains_": "Gain of a stack: ",
+    "gain_": "Gain of a stack: ",
+    "residual_": "Root mean square residual of a stack, scaled intensity: ",
+    "rotation_deg_": "Rotation of a stack to the reference, degrees: ",
+    "translation_mm_": "Movement of the head's centre in a stack to the reference, mm: ",
 }
 
 
