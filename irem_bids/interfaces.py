@@ -251,8 +251,11 @@ class Reconstruct(Step):
             metrics = quality(prepared, result, settings)
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
+        mask = output_mask(prepared, grid)
+        if set(prepared.metrics["masked"].values()) == {"given"}:
+            values[~mask] = 0  # the masks say what the result is about
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
-        write_image(target / "mask.nii.gz", output_mask(prepared, grid), grid)
+        write_image(target / "mask.nii.gz", mask, grid)
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
         step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)

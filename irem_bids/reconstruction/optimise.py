@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from ..settings import Settings
@@ -29,6 +30,7 @@ from .training import Progress, Samples, Training, quadratures
 
 STRENGTH = 9.0  # default weight of total variation over the stacks' mean noise variance
 POINT_SAMPLED = ("bspline", "irem2021")
+MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 COARSE = 2.0  # voxel of the first, coarse solution over the result's
 
 
@@ -124,9 +126,19 @@ class Job:
 
     @property
     def uses(self) -> list[np.ndarray]:
-        """Per stack the voxels that are trained on."""
-        pairs = zip(self.prepared.stacks, self.prepared.held_out, strict=True)
-        return [stack.mask & ~held for stack, held in pairs]
+        """Per stack the voxels that are trained on.
+
+        The foreground; 4 mm more where a brain mask was given, so that the brain's edge is
+        seen from both sides.
+        """
+        rows = []
+        for stack, held in zip(self.prepared.stacks, self.prepared.held_out, strict=True):
+            use = stack.mask
+            if self.prepared.metrics["masked"][stack.label] == "given":
+                distance = distance_transform_edt(~use, sampling=stack.grid.voxel_size)
+                use = distance <= MASK_MARGIN
+            rows.append(use & ~held)
+        return rows
 
 
 def fit(

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .registration import Isotropic, agreement, isotropic, register
 from .stack import ImageError, Mask, Stack, read_image, write_image
 
 LOGGER = logging.getLogger(__name__)
+CROP_MARGIN = 15.0  # mm kept around the foreground of a stack
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Prepared:
     Attributes
     ----------
     stacks
-        Bias-corrected; intensities scaled so that a percentile of the foreground is 1.
+        Cropped around the foreground, bias-corrected; intensities scaled so that a percentile of the foreground is 1.
     poses
         Scanner space of each stack to reference space; the reference's is the identity.
     reference
@@ -141,6 +142,20 @@ def head_mask(stack: Stack) -> Mask:
     return ndimage.distance_transform_edt(~mask, sampling=sizes) <= 5.0
 
 
+def cropped(stack: Stack, margin: float) -> Stack:
+    """The stack around its foreground, with ``margin`` mm on each side where it has them."""
+    where = np.argwhere(stack.mask)
+    steps = np.ceil(margin / stack.grid.voxel_size).astype(int)
+    low = np.maximum(where.min(axis=0) - steps, 0)
+    high = np.minimum(where.max(axis=0) + steps + 1, stack.grid.shape)
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    affine = np.array(stack.grid.affine)
+    affine[:3, 3] = stack.grid.to_world(low)
+    return replace(
+        stack, data=stack.data[box], mask=stack.mask[box], grid=Grid(high - low, affine)
+    )
+
+
 def _closed(mask: Mask, sizes: NDArray, radius: float) -> Mask:
     grown = ndimage.distance_transform_edt(~mask, sampling=sizes) <= radius
     # beyond the edge of the image counts as inside: a head that is cut stays whole at the cut
@@ -248,6 +263,7 @@ def _condition(
         raise ImageError(f"{stack.label}: all voxels have one value; expected an image of a head")
     if not given:
         stack = stack.with_data(stack.data, head_mask(stack))
+    stack = cropped(stack, CROP_MARGIN)
     if options.n4:
         stack = correct_bias(stack, threads=threads)
     scale = float(np.percentile(stack.data[stack.mask], options.intensity_percentile))

@@ -17,7 +17,7 @@ from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.linear import huber_weights, penalty_gradient
 from irem_bids.reconstruction.metrics import psnr
 from irem_bids.reconstruction.optimise import Fit, fit, quality
-from irem_bids.reconstruction.prepare import Prepared, head_mask, output_grid, prepare
+from irem_bids.reconstruction.prepare import Prepared, cropped, head_mask, output_grid, prepare
 from irem_bids.reconstruction.sample import sample
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, simulate
 from irem_bids.reconstruction.stack import ImageError, Stack
@@ -257,6 +257,17 @@ def test_head_mask_holds_dim_tissue_and_leaves_air(truth: tuple[np.ndarray, Grid
     mask = head_mask(Stack("s", data, truth[1], 2, 2.0, np.ones(data.shape, bool)))
     assert mask[truth[0] > 30].mean() > 0.999
     assert mask.mean() < 0.8
+
+
+def test_cropping_keeps_every_voxel_in_its_place(prepared: Prepared) -> None:
+    stack = prepared.stacks[0]
+    mask = np.zeros(stack.grid.shape, bool)
+    mask[4:9, 6:9, 2:4] = True
+    small = cropped(stack.with_data(stack.data, mask), 0.5)
+    assert small.grid.shape == (7, 5, 4)
+    assert np.array_equal(small.data[small.mask], stack.data[mask])
+    places = (s.grid.to_world(np.argwhere(m)) for s, m in ((small, small.mask), (stack, mask)))
+    assert np.allclose(*places)
 
 
 def test_images_without_a_head_are_refused() -> None:
