@@ -108,7 +108,9 @@ class Normalise:
         choices=("auto", "random"),
     )
     registration: bool = option(True, "register the stacks rigidly; off: trust the headers")
-    registration_levels: int = option(3, "levels of the multi-resolution registration", low=1, high=5)
+    registration_levels: int = option(
+        3, "levels of the multi-resolution registration", low=1, high=5
+    )
     registration_starts: int = option(
         8, "starting poses tried where the stacks agree poorly at first", low=1, high=64
     )
@@ -153,7 +155,7 @@ class Srr:
     srr_lambda: float | None = option(
         None,
         "weight of total variation against the squared residual, both in scaled intensity; "
-        "default: from the noise of the stacks",
+        "default: chosen by the held-out voxels",
         low=0.0,
     )
     srr_huber: float = option(
@@ -168,7 +170,9 @@ class Irem:
     """The default method: a continuous field on the profile-aware linear solution."""
 
     refine_poses: bool = option(True, "refine poses and gains together with the image")
-    pose_rounds: int = option(4, "joint Gauss-Newton rounds for image, poses and gains", low=0, high=50)
+    pose_rounds: int = option(
+        4, "joint Gauss-Newton rounds for image, poses and gains", low=0, high=50
+    )
     levels: int = option(4, "levels of the feature grid", low=1, high=12)
     features: int = option(4, "features per level", low=1, high=16)
     finest: float = option(
@@ -204,7 +208,9 @@ class Irem2021:
     batch_size_2021: int = option(2500, "mini-batch, voxels", low=2)
     learning_rate_2021: float = option(1e-4, "initial learning rate of Adam", low=0.0)
     decay_every: int = option(500, "epochs after which the learning rate is halved", low=1)
-    background: bool = option(False, "train on voxels outside the mask, too; not given in the paper")
+    background: bool = option(
+        False, "train on voxels outside the mask, too; not given in the paper"
+    )
     output_activation: str = option(
         "none",
         "what follows the last layer; the paper says that each layer is followed by "
@@ -227,10 +233,15 @@ class Output:
         ("irem",), "reconstruction methods, one or several", choices=METHODS
     )
     output_resolution: float | None = option(
-        None, "voxel size of the result; default: the finest in-plane voxel", unit="mm",
-        low=0.1, high=10.0,
+        None,
+        "voxel size of the result; default: the finest in-plane voxel",
+        unit="mm",
+        low=0.1,
+        high=10.0,
     )
-    margin: float = option(5.0, "margin around the head in the result", unit="mm", low=0.0, high=100.0)
+    margin: float = option(
+        5.0, "margin around the head in the result", unit="mm", low=0.0, high=100.0
+    )
     save_registered: bool = option(False, "also write the stacks resampled to the result's grid")
     model_out: bool = option(False, "also write the trained field, for irem-bids-sample")
 
@@ -242,27 +253,43 @@ class Run:
     random_seed: int = option(2021, "seed of everything random", flags=("--seed",), low=0)
     device: str = option("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'", nohash=True)
     nprocs: int | None = option(
-        None, "processors used in all; default: those available to this process",
-        flags=("--nthreads", "--n-cpus", "--n_cpus"), low=1, nohash=True,
+        None,
+        "processors used in all; default: those available to this process",
+        flags=("--nthreads", "--n-cpus", "--n_cpus"),
+        low=1,
+        nohash=True,
     )
     omp_nthreads: int | None = option(
         None, "threads of one step; default: nprocs, 8 at most", low=1, nohash=True
     )
     mem: str | None = option(
-        None, "memory in all, as '16G', '16GB', '16000M'; a bare number is GB; default: 90 % of "
-        "what this process may use", flags=("--mem-gb", "--mem_gb"), metavar="SIZE", nohash=True,
+        None,
+        "memory in all, as '16G', '16GB', '16000M'; a bare number is GB; default: 90 % of "
+        "what this process may use",
+        flags=("--mem-gb", "--mem_gb"),
+        metavar="SIZE",
+        nohash=True,
     )
     use_plugin: str | None = option(
         None, "YAML file with a nipype plugin and its arguments", metavar="FILE", nohash=True
     )
     work_dir: str | None = option(
-        None, "folder for intermediate results; default: a folder 'irem-bids-work' beside the "
-        "output folder", flags=("-w",), metavar="DIR", nohash=True,
+        None,
+        "folder for intermediate results; default: a folder 'irem-bids-work' beside the "
+        "output folder",
+        flags=("-w",),
+        metavar="DIR",
+        nohash=True,
     )
-    clean_workdir: bool = option(False, "empty this dataset's work folder after success", nohash=True)
+    clean_workdir: bool = option(
+        False, "empty this dataset's work folder after success", nohash=True
+    )
     checkpoint_seconds: float = option(
-        60.0, "a run that is killed goes on from a checkpoint at most this old",
-        unit="s", low=0.0, nohash=True,
+        60.0,
+        "a run that is killed goes on from a checkpoint at most this old",
+        unit="s",
+        low=0.0,
+        nohash=True,
     )
     force: bool = option(False, "compute finished groups again", nohash=True)
     stop_on_first_crash: bool = option(False, "stop at the first failure", nohash=True)
@@ -379,7 +406,9 @@ def _check_one(section: str, option_field: dataclasses.Field, kind: type, value:
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"{name} is {value!r}; expected a finite number")
     if metadata["choices"] and value not in metadata["choices"]:
-        raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(metadata['choices'])}")
+        raise SettingsError(
+            f"{name} is {value!r}; expected one of {', '.join(metadata['choices'])}"
+        )
     for bound, wrong, words in (
         (metadata["low"], lambda v, b: v < b, "at least"),
         (metadata["high"], lambda v, b: v > b, "at most"),

@@ -5,14 +5,15 @@ A voxel of stack *s* at index (i, j, k) is
 
     y = g_s * sum_q w_q F(T_s(p_ijk + z_q n_s)),
 
-with F the field, T_s the pose of the stack (scanner to reference space), n_s
-the slices' normal, z_q and w_q the quadrature of the slice profile and g_s the
-stack's receiver, a gain times a smooth bias.  The nodes z_q are multiples of spacing / m, so neighbouring
-slices share them: the field is looked up once per node, then summed.
+with F the field, T_s the pose of the stack (scanner to reference space), n_s the slices'
+normal, z_q and w_q the quadrature of the slice profile and g_s the stack's receiver, a gain
+times a smooth bias.  The nodes z_q are multiples of spacing / m, so neighbouring slices share
+them: the field is looked up once per node, then summed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
         sigma = thickness / FWHM
         reach = max(1, round(TRUNCATION * sigma / step))
         offsets = step * np.arange(-reach, reach + 1)
-        weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+        weights = np.asarray(np.exp(-0.5 * (offsets / sigma) ** 2))
     elif kind == "box":
         reach, square = 1, (thickness / step) ** 2
         while 4 * (reach + 1) * reach <= square:
@@ -72,7 +73,8 @@ def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
         weights[[0, -1]] = end
     else:
         raise ValueError(f"unknown slice profile {kind!r}; expected gaussian, box or none")
-    return Quadrature(offsets, weights / weights.sum())
+    total = float(weights.sum())
+    return Quadrature(offsets.astype(np.float64), (weights / total).astype(np.float64))
 
 
 def profile_nodes(kind: str, thickness: float, points: int) -> Quadrature:
@@ -84,7 +86,8 @@ def profile_nodes(kind: str, thickness: float, points: int) -> Quadrature:
     weights = np.ones(points)
     if kind == "gaussian":
         weights = np.exp(-0.5 * (offsets * FWHM / thickness) ** 2)
-    return Quadrature(offsets, weights / weights.sum())
+    total = float(weights.sum())
+    return Quadrature(offsets.astype(np.float64), (weights / total).astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Receiver:
 
     @staticmethod
     def terms(voxels: NDArray[np.float32]) -> Tensor:
-        """(N, 9) x, y, z, xx, yy, zz, xy, xz, yz of positions (N, 3), see :func:`bias_positions`."""
+        """(N, 9) x, y, z, xx, yy, zz, xy, xz, yz of :func:`bias_positions` (N, 3)."""
         x, y, z = torch.from_numpy(voxels).T
         return torch.stack([x, y, z, x * x, y * y, z * z, x * y, x * z, y * z], dim=1)
 
@@ -139,7 +142,7 @@ class SparseMap:
         if self.device.type == "cpu":
             edges = np.linspace(0, matrix.shape[0], BLOCKS + 1).astype(int)
             self._edges = edges
-            self._blocks = [matrix[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            self._blocks = [matrix[a:b] for a, b in itertools.pairwise(edges)]
         else:
             self._forward = _torch_csr(matrix, self.device)
             self._backward = _torch_csr(matrix.T.tocsr(), self.device)
@@ -158,9 +161,11 @@ class SparseMap:
         if self.device.type != "cpu":
             return self._backward @ y
         array = y.numpy()
-        pieces = [array[a:b] for a, b in zip(self._edges[:-1], self._edges[1:], strict=True)]
+        pieces = [array[a:b] for a, b in itertools.pairwise(self._edges)]
         with ThreadPoolExecutor(BLOCKS) as pool:
-            parts = list(pool.map(lambda pair: pair[0].T @ pair[1], zip(self._blocks, pieces, strict=True)))
+            parts = list(
+                pool.map(lambda pair: pair[0].T @ pair[1], zip(self._blocks, pieces, strict=True))
+            )
         return torch.from_numpy(sum(parts[1:], parts[0]))
 
     def squared_column_sums(self) -> Tensor:
@@ -168,8 +173,10 @@ class SparseMap:
         ones = torch.ones(self.shape[0])
         if self.device.type != "cpu":
             squared = torch.sparse_csr_tensor(
-                self._backward.crow_indices(), self._backward.col_indices(),
-                self._backward.values() ** 2, self._backward.shape,
+                self._backward.crow_indices(),
+                self._backward.col_indices(),
+                self._backward.values() ** 2,
+                self._backward.shape,
             )
             return squared @ ones.to(self.device)
         total = np.zeros(self.shape[1], dtype=np.float32)
@@ -248,11 +255,17 @@ class Nodes:
         profile = profile_quadrature(kind, stack.slice_thickness, stack.spacing / divisions)
         reach = (len(profile.offsets) - 1) // 2
         order = [a for a in range(3) if a != axis] + [axis]  # in-plane axes first, slices last
-        factors = [max(1, math.floor(v / step + 0.5)) if kind != "none" else 1 for v in stack.in_plane]
+        factors = [
+            max(1, math.floor(v / step + 0.5)) if kind != "none" else 1 for v in stack.in_plane
+        ]
         mask = np.transpose(use, order)
         rows, columns = mask.shape[:2]
         fine = np.zeros(
-            (rows * factors[0], columns * factors[1], (mask.shape[2] - 1) * divisions + 2 * reach + 1),
+            (
+                rows * factors[0],
+                columns * factors[1],
+                (mask.shape[2] - 1) * divisions + 2 * reach + 1,
+            ),
             dtype=bool,
         )
         spread = np.repeat(np.repeat(mask, factors[0], axis=0), factors[1], axis=1)

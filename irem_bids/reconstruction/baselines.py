@@ -38,7 +38,9 @@ def resample_stack(
         values[start : start + rows] = map_coordinates(
             coefficients, index, order=order, mode="mirror", prefilter=False, output=np.float32
         ).reshape(shape)
-        inside[start : start + rows] = ((index >= -0.5) & (index <= limits)).all(axis=0).reshape(shape)
+        inside[start : start + rows] = (
+            ((index >= -0.5) & (index <= limits)).all(axis=0).reshape(shape)
+        )
     values[~inside] = 0
     return values, inside
 
@@ -56,4 +58,4 @@ def bspline(
         values, inside = resample_stack(stack, pose, grid)
         total += values
         count += inside
-    return total / np.maximum(count, 1)
+    return np.asarray(total / np.maximum(count, 1), dtype=np.float32)

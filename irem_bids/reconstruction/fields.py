@@ -112,8 +112,12 @@ class ResidualField(_Box):
     ) -> None:
         super().__init__(shape, affine)
         self.options = {
-            "levels": levels, "features": features, "finest": finest, "hidden": hidden,
-            "layers": layers, "scale": scale,
+            "levels": levels,
+            "features": features,
+            "finest": finest,
+            "hidden": hidden,
+            "layers": layers,
+            "scale": scale,
         }
         random = generator or torch.Generator().manual_seed(0)
         self.base = GridField(shape, affine)
@@ -186,13 +190,19 @@ class Model:
     metadata: dict[str, Any]
 
 
-def save_model(path: Path, field: Field, grid: Grid, scale: float, metadata: dict[str, Any]) -> Path:
+def save_model(
+    path: Path, field: Field, grid: Grid, scale: float, metadata: dict[str, Any]
+) -> Path:
     """Write a field as safetensors (no pickle), whole or not at all."""
     from safetensors.torch import save_file
 
     header = {
-        "kind": field.kind, "config": field.config(), "scale": scale, "metadata": metadata,
-        "shape": list(grid.shape), "affine": grid.affine.tolist(),
+        "kind": field.kind,
+        "config": field.config(),
+        "scale": scale,
+        "metadata": metadata,
+        "shape": list(grid.shape),
+        "affine": grid.affine.tolist(),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in field.state_dict().items()}
     temporary = path.with_name(f".{os.getpid()}.{path.name}")

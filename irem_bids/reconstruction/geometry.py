@@ -122,13 +122,18 @@ class RigidTransform:
         if value.shape != (4, 4):
             raise GeometryError(f"a rigid transform is (4, 4), got {value.shape}")
         rotation = value[:3, :3]
-        if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5) or np.linalg.det(rotation) < 0:
+        if (
+            not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5)
+            or np.linalg.det(rotation) < 0
+        ):
             raise GeometryError(f"not a rotation: {rotation.tolist()}")
         value.setflags(write=False)
         object.__setattr__(self, "matrix", value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RigidTransform) and np.allclose(self.matrix, other.matrix, atol=1e-9)
+        return isinstance(other, RigidTransform) and np.allclose(
+            self.matrix, other.matrix, atol=1e-9
+        )
 
     @classmethod
     def from_vector(cls, vector: ArrayLike, centre: ArrayLike = (0.0, 0.0, 0.0)) -> RigidTransform:
@@ -146,7 +151,7 @@ class RigidTransform:
         return cls(matrix)
 
     def to_vector(self, centre: ArrayLike = (0.0, 0.0, 0.0)) -> FloatArray:
-        """(6,) rotation vector (rad) about ``centre`` and translation (mm); inverse of from_vector."""
+        """(6,) rotation vector (rad) about ``centre``, then translation (mm), as from_vector."""
         from scipy.spatial.transform import Rotation
 
         pivot = np.asarray(centre, dtype=np.float64)

@@ -68,8 +68,7 @@ class System:
         """Per stack (N,): acquired minus predicted."""
         flat = volume.reshape(-1)
         return [
-            m.values - g * m.forward(flat)
-            for m, g in zip(self.models, self.factors(), strict=True)
+            m.values - g * m.forward(flat) for m, g in zip(self.models, self.factors(), strict=True)
         ]
 
 
@@ -196,10 +195,14 @@ def refine(
     volume, steps = start, []
     for turn in range(rounds):
         bases = [_basis(system, s, volume) for s in range(len(system.models))]
-        projectors: list[Projector] = [lambda r, q=b[0]: r - q @ (q.T @ r) for b in bases]
+        projectors = [_complement(orthonormal) for orthonormal, _ in bases]
         volume = solve(
-            system, volume, prior,
-            iterations=iterations, reweightings=reweightings, projectors=projectors,
+            system,
+            volume,
+            prior,
+            iterations=iterations,
+            reweightings=reweightings,
+            projectors=projectors,
         )
         residuals = system.residuals(volume)
         steps.append(max(_step(system, s, bases[s], r) for s, r in enumerate(residuals)))
@@ -209,6 +212,11 @@ def refine(
         if progress:
             progress((turn + 1) / rounds)
     return volume, steps
+
+
+def _complement(orthonormal: Tensor) -> Projector:
+    """The projection of residuals that removes the span of the columns (N, k)."""
+    return lambda residual: residual - orthonormal @ (orthonormal.T @ residual)
 
 
 def _basis(system: System, s: int, volume: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,32 +6,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from ..settings import Settings
-from .acquisition import Receiver, StackModel, interpolation_matrix, predict
+from .acquisition import Receiver, predict
 from .baselines import bspline
 from .checkpoint import load_state, save_state
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform
-from .linear import Prior, System, refine, solve
 from .prepare import Prepared, write_json
 from .registration import ncc
+from .solution import Job, Linear, Prediction, build_system, solve_linear
 from .stack import Stack
 from .training import Progress, Samples, Training, quadratures
 
-STRENGTH = 9.0  # default weight of total variation over the stacks' mean noise variance
 POINT_SAMPLED = ("bspline", "irem2021")
-MASK_MARGIN = 4.0  # mm around a given mask that are trained on
-COARSE = 2.0  # voxel of the first, coarse solution over the result's
 
 
 @dataclass
@@ -39,9 +35,9 @@ class Fit:
     """A trained field with the poses and gains that belong to it.
 
     ``poses``: label of a stack to its pose (scanner space to reference space);
-    ``receivers``: label to gain and bias, the reference's gain is 1; ``history``: the curves ``step``/``loss``
-    and ``held_out_step``/``held_out`` (mean squared errors); ``info``: seconds, device,
-    strength of the penalty and the like.
+    ``receivers``: label to gain and bias, the reference's gain is 1; ``history``: the curves
+    ``step``/``loss`` and ``held_out_step``/``held_out`` (mean squared errors); ``info``:
+    seconds, device, strength of the penalty and the like.
     """
 
     method: str
@@ -97,48 +93,15 @@ class Fit:
         model = load_model(folder / "model.safetensors")
         record = json.loads((folder / "fit.json").read_text())
         return cls(
-            record["method"], model.field, model.grid, model.scale,
+            record["method"],
+            model.field,
+            model.grid,
+            model.scale,
             {label: RigidTransform(m) for label, m in record["poses"].items()},
             {k: Receiver(g, np.array(record["bias"][k])) for k, g in record["gains"].items()},
-            record["history"], record["info"],
+            record["history"],
+            record["info"],
         )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every method gets."""
-
-    prepared: Prepared
-    grid: Grid
-    settings: Settings
-    device: str
-    checkpoint: Path | None
-    progress: Progress | None
-
-    def tell(self, fraction: float, message: str) -> None:
-        """Report progress, if anybody listens."""
-        if self.progress:
-            self.progress(fraction, message)
-
-    def part(self, start: float, end: float, name: str) -> Progress:
-        """Progress of a part of the job."""
-        return lambda fraction, text: self.tell(start + (end - start) * fraction, f"{name}: {text}")
-
-    @property
-    def uses(self) -> list[np.ndarray]:
-        """Per stack the voxels that are trained on.
-
-        The foreground; 4 mm more where a brain mask was given, so that the brain's edge is
-        seen from both sides.
-        """
-        rows = []
-        for stack, held in zip(self.prepared.stacks, self.prepared.held_out, strict=True):
-            use = stack.mask
-            if self.prepared.metrics["masked"][stack.label] == "given":
-                distance = distance_transform_edt(~use, sampling=stack.grid.voxel_size)
-                use = distance <= MASK_MARGIN
-            rows.append(use & ~held)
-        return rows
 
 
 def fit(
@@ -164,7 +127,10 @@ def fit(
         on the CPU with the same result to the bit.
     """
     methods: dict[str, Callable[[Job], Fit]] = {
-        "irem": _fit_irem, "irem2021": _fit_irem2021, "srr": _fit_srr, "bspline": _fit_bspline
+        "irem": _fit_irem,
+        "irem2021": _fit_irem2021,
+        "srr": _fit_srr,
+        "bspline": _fit_bspline,
     }
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(methods)}")
@@ -181,10 +147,14 @@ def _result(job: Job, method: str, field: Field, **found: Any) -> Fit:
     poses = found.get("poses", job.prepared.poses)
     receivers = found.get("receivers", [Receiver()] * len(labels))
     return Fit(
-        method, field, job.grid, job.prepared.scale,
+        method,
+        field,
+        job.grid,
+        job.prepared.scale,
         dict(zip(labels, poses, strict=True)),
         dict(zip(labels, receivers, strict=True)),
-        found.get("history", {}), found.get("info", {}),
+        found.get("history", {}),
+        found.get("info", {}),
     )
 
 
@@ -202,88 +172,6 @@ def _fit_srr(job: Job) -> Fit:
     return _result(job, "srr", _grid_field(job.grid, linear.volume), info=linear.info)
 
 
-# ------------------------------------------------------------------- linear solution
-@dataclass
-class Linear:
-    """The profile-aware solution: volume (X, Y, Z), and the system that it solves."""
-
-    volume: Tensor
-    system: System
-    info: dict[str, Any]
-
-
-def build_system(job: Job, grid: Grid, poses: list[RigidTransform], receivers: list[Receiver]) -> System:
-    """The stacks' linear models on ``grid``; voxels seen by no stack stay 0."""
-    prepared, kind = job.prepared, job.settings.acquisition.profile
-    models = [
-        StackModel(stack, use, grid, kind, job.device)
-        for stack, use in zip(prepared.stacks, job.uses, strict=True)
-    ]
-    noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
-    variance = np.maximum(noise, 1e-4) ** 2
-    confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
-    system = System(
-        models, list(poses), list(receivers), [float(c) for c in confidence],
-        torch.empty(0), prepared.reference,
-    )
-    system.place()
-    seen = torch.stack([model.coverage() for model in models]).sum(0)
-    system.domain = (seen > 1e-3).float().reshape(grid.shape)
-    return system
-
-
-def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
-    """The setting, or a multiple of the stacks' mean noise variance."""
-    weight = settings.srr.srr_lambda
-    if weight is None:
-        noise = np.array(list(prepared.metrics["noise"].values()))
-        weight = STRENGTH * float(np.mean(np.maximum(noise, 1e-3) ** 2))
-    return Prior(weight, settings.srr.srr_huber)
-
-
-def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
-    """Coarse then fine; with ``refined``, poses and gains along with the image."""
-    options, prior = job.settings.srr, penalty_strength(job.prepared, job.settings)
-    coarse = job.grid.resampled(COARSE * float(job.grid.voxel_size[0]))
-    system = build_system(job, coarse, list(job.prepared.poses), [Receiver()] * len(job.prepared.stacks))
-    start = torch.zeros(coarse.shape, device=job.device)
-    volume = solve(system, start, prior, iterations=20, reweightings=2)
-    progress(0.2, "coarse solution")
-    steps: list[float] = []
-    rounds = job.settings.irem.pose_rounds if refined else 0
-    if rounds:
-        volume, steps = refine(
-            system, volume, prior, rounds=rounds, iterations=10, reweightings=1,
-            progress=lambda f: progress(0.2 + 0.2 * f, "poses and gains"),
-        )
-    poses, receivers = system.poses, system.receivers
-    del system
-    volume = _carry(volume, coarse, job.grid)
-    system = build_system(job, job.grid, poses, receivers)
-    progress(0.5, "fine grid")
-    if rounds:
-        volume = solve(system, volume, prior, iterations=10, reweightings=1)
-        volume, more = refine(system, volume, prior, rounds=2, iterations=8, reweightings=1)
-        steps += more
-    volume = solve(
-        system, volume, prior, iterations=options.srr_iterations,
-        reweightings=options.srr_reweightings,
-        progress=lambda f: progress(0.6 + 0.4 * f, "fine solution"),
-    )
-    return Linear(volume, system, {"penalty": asdict(prior), "pose_steps_mm": steps})
-
-
-def _carry(volume: Tensor, coarse: Grid, fine: Grid) -> Tensor:
-    """A volume on a finer grid (trilinear), slab by slab."""
-    flat, out = volume.reshape(-1).cpu().numpy(), np.empty(fine.shape, dtype=np.float32)
-    plane = np.indices((1, *fine.shape[1:])).reshape(3, -1).T
-    for x in range(fine.shape[0]):
-        index = coarse.to_index(fine.to_world(plane + [x, 0, 0]))
-        index = np.clip(index, 0, np.array(coarse.shape) - 1.0001)
-        out[x] = (interpolation_matrix(index, coarse.shape) @ flat).reshape(fine.shape[1:])
-    return torch.from_numpy(out).to(volume.device)
-
-
 # ------------------------------------------------------------------------------ irem
 def _fit_irem(job: Job) -> Fit:
     linear = _linear_or_saved(job)
@@ -291,24 +179,36 @@ def _fit_irem(job: Job) -> Fit:
     held = _samples(job, linear, list(job.prepared.held_out))
     options = job.settings.irem
     field = ResidualField(
-        job.grid.shape, job.grid.affine.tolist(),
-        levels=options.levels, features=options.features,
+        job.grid.shape,
+        job.grid.affine.tolist(),
+        levels=options.levels,
+        features=options.features,
         finest=options.finest * float(job.grid.voxel_size[0]),
-        hidden=options.hidden, layers=options.layers,
+        hidden=options.hidden,
+        layers=options.layers,
         scale=float(train.targets.double().std()) or 1e-3,
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
     field.base.volume.copy_(linear.volume)
     training = Training(
-        field, train, held, quadratures(list(job.prepared.stacks), job.settings),
-        job.settings, job.device,
+        field,
+        train,
+        held,
+        quadratures(list(job.prepared.stacks), job.settings),
+        job.settings,
+        job.device,
     )
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
     return _result(
-        job, "irem", field, poses=linear.system.poses, receivers=linear.system.receivers,
-        history=training.history, info=info,
+        job,
+        "irem",
+        field,
+        poses=linear.system.poses,
+        receivers=linear.system.receivers,
+        history=training.history,
+        info=info,
     )
 
 
@@ -339,20 +239,20 @@ def _linear_or_saved(job: Job) -> Linear:
         for gain, bias in zip(record["gains"], record["bias"], strict=True)
     ]
     system = build_system(job, job.grid, poses, receivers)
-    return Linear(tensors["volume"].to(job.device), system, record["info"])
+    return Linear(tensors["volume"].to(job.device), system, dict(record["info"]))
 
 
 def _samples(job: Job, linear: Linear, uses: list[np.ndarray]) -> Samples:
     """Voxels with the residual of the linear solution as their target."""
-    residuals, factors, flat = [], [], linear.volume.reshape(-1)
-    kind = job.settings.acquisition.profile
-    for index, (stack, use) in enumerate(zip(job.prepared.stacks, uses, strict=True)):
-        model = StackModel(stack, use, job.grid, kind, job.device)
-        model.set_pose(linear.system.poses[index])
-        factors.append(linear.system.receivers[index].factors(model.voxels).to(job.device))
-        residuals.append(model.values - factors[-1] * model.forward(flat))
-    stacks = list(job.prepared.stacks)
-    return Samples(stacks, uses, linear.system.poses, residuals, factors, job.device)
+    chosen = Prediction(job, linear.system, uses)
+    return Samples(
+        list(job.prepared.stacks),
+        uses,
+        linear.system.poses,
+        chosen.residuals(linear.volume),
+        chosen.factors,
+        job.device,
+    )
 
 
 # -------------------------------------------------------------------------- irem2021
@@ -365,8 +265,12 @@ def _fit_irem2021(job: Job) -> Fit:
         uses = [~held for held in prepared.held_out]
     points, values = _voxels(prepared, uses)
     field, history = fit_paper(
-        points, values, options,
-        seed=job.settings.run.random_seed, device=job.device, checkpoint=job.checkpoint,
+        points,
+        values,
+        options,
+        seed=job.settings.run.random_seed,
+        device=job.device,
+        checkpoint=job.checkpoint,
         progress=job.part(0, 1, "irem2021"),
         held_out=_voxels(prepared, list(prepared.held_out)),
         checkpoint_seconds=job.settings.run.checkpoint_seconds,
@@ -405,9 +309,9 @@ def quality(prepared: Prepared, result: Fit, settings: Settings) -> dict[str, An
         turn[stack.label] = float(np.rad2deg(np.linalg.norm(vector[:3])))
         shift[stack.label] = float(np.linalg.norm(vector[3:]))
     a, b = np.concatenate(acquired), np.concatenate(predicted)
-    error = float(np.mean((a.astype(np.float64) - b) ** 2)) if len(a) else float("nan")
+    mean_square = float(np.mean((a.astype(np.float64) - b) ** 2)) if len(a) else 0.0
     return {
-        "held_out_psnr": float(-10 * np.log10(error)) if error > 0 else None,
+        "held_out_psnr": float(-10 * np.log10(mean_square)) if mean_square > 0 else None,
         "held_out_ncc": ncc(a, b) if len(a) else None,
         "held_out_voxels": len(a),
         "self_consistency": consistency,

@@ -31,7 +31,8 @@ class Prepared:
     Attributes
     ----------
     stacks
-        Cropped around the foreground, bias-corrected; intensities scaled so that a percentile of the foreground is 1.
+        Cropped around the foreground, bias-corrected; intensities scaled so that a percentile
+        of the foreground is 1.
     poses
         Scanner space of each stack to reference space; the reference's is the identity.
     reference
@@ -93,7 +94,9 @@ class Prepared:
             mask, _ = read_image(images / f"{row['label']}_mask.nii.gz")
             held, _ = read_image(images / f"{row['label']}_heldout.nii.gz")
             stacks.append(
-                Stack(row["label"], data, grid, row["slice_axis"], row["slice_thickness"], mask > 0.5)
+                Stack(
+                    row["label"], data, grid, row["slice_axis"], row["slice_thickness"], mask > 0.5
+                )
             )
             held_out.append(held > 0.5)
         labels = [stack.label for stack in stacks]
@@ -151,9 +154,7 @@ def cropped(stack: Stack, margin: float) -> Stack:
     box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     affine = np.array(stack.grid.affine)
     affine[:3, 3] = stack.grid.to_world(low)
-    return replace(
-        stack, data=stack.data[box], mask=stack.mask[box], grid=Grid(high - low, affine)
-    )
+    return replace(stack, data=stack.data[box], mask=stack.mask[box], grid=Grid(high - low, affine))
 
 
 def _closed(mask: Mask, sizes: NDArray, radius: float) -> Mask:
@@ -245,8 +246,11 @@ def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) ->
             RigidTransform()
             if index == reference
             else register(
-                images[reference], image, levels=options.registration_levels,
-                starts=options.registration_starts, threads=threads,
+                images[reference],
+                image,
+                levels=options.registration_levels,
+                starts=options.registration_starts,
+                threads=threads,
             )
             for index, image in enumerate(images)
         ]
@@ -255,9 +259,7 @@ def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) ->
     return Prepared(tuple(ready), tuple(poses), reference, scales[reference], held_out, metrics)
 
 
-def _condition(
-    stack: Stack, given: bool, options: Normalise, threads: int
-) -> tuple[Stack, float]:
+def _condition(stack: Stack, given: bool, options: Normalise, threads: int) -> tuple[Stack, float]:
     """Mask, bias and scale of one stack."""
     if float(np.ptp(stack.data)) == 0.0:
         raise ImageError(f"{stack.label}: all voxels have one value; expected an image of a head")
@@ -269,7 +271,7 @@ def _condition(
     scale = float(np.percentile(stack.data[stack.mask], options.intensity_percentile))
     if not scale > 0:
         raise ImageError(
-            f"{stack.label}: the {options.intensity_percentile:g}th percentile of the foreground is "
+            f"{stack.label}: percentile {options.intensity_percentile:g} of the foreground is "
             f"{scale:g}; expected a positive intensity"
         )
     return stack.with_data(stack.data / scale), scale

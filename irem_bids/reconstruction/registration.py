@@ -39,9 +39,7 @@ class Isotropic:
 def isotropic(stack: Stack, voxel: float) -> Isotropic:
     """Blur in plane to the slice thickness and resample to voxels of about ``voxel`` mm."""
     sizes = stack.grid.voxel_size
-    sigma = np.where(
-        np.arange(3) == stack.slice_axis, 0.0, stack.slice_thickness / FWHM / sizes
-    )
+    sigma = np.where(np.arange(3) == stack.slice_axis, 0.0, stack.slice_thickness / FWHM / sizes)
     smooth = gaussian_filter(stack.data, sigma)
     grid = stack.grid.resampled(voxel)
     values, _ = resample_stack(stack.with_data(smooth), RigidTransform(), grid)
@@ -69,7 +67,7 @@ def agreement(fixed: Isotropic, moving: Isotropic, motion: RigidTransform) -> fl
     points = fixed.grid.to_world(np.argwhere(fixed.mask))
     index = moving.grid.to_index(motion.inverse().apply(points))
     nearest = np.rint(index).astype(int)
-    ok = ((nearest >= 0) & (nearest < moving.grid.shape)).all(axis=1)
+    ok = np.asarray(((nearest >= 0) & (nearest < moving.grid.shape)).all(axis=1))
     ok[ok] &= moving.mask[tuple(nearest[ok].T)]
     if ok.sum() < 0.05 * min(fixed.mask.sum(), moving.mask.sum()):
         return 0.0
@@ -91,7 +89,11 @@ def _to_sitk(data: NDArray, grid: Grid) -> Any:
 
 
 def _optimise(
-    fixed: Isotropic, moving: Isotropic, start: RigidTransform, factors: tuple[int, ...], threads: int
+    fixed: Isotropic,
+    moving: Isotropic,
+    start: RigidTransform,
+    factors: tuple[int, ...],
+    threads: int,
 ) -> RigidTransform:
     """One multi-resolution SimpleITK registration; poses map moving's space to fixed's."""
     import SimpleITK as sitk
@@ -147,9 +149,7 @@ def starting_poses(fixed: Isotropic, moving: Isotropic, count: int) -> list[Rigi
         np.deg2rad(size) * sign * np.eye(3)[axis]
         for size, axis, sign in itertools.product((20, 40), range(3), (1, -1))
     ]
-    return [
-        RigidTransform.from_vector([*turn, *shift], centre) for turn in turns[: max(1, count)]
-    ]
+    return [RigidTransform.from_vector([*turn, *shift], centre) for turn in turns[: max(1, count)]]
 
 
 def register(
@@ -182,5 +182,3 @@ def register(
     except RuntimeError as error:
         LOGGER.debug("the last registration failed: %s", error)
     return max(tried, key=lambda pose: agreement(fixed, moving, pose))
-
-

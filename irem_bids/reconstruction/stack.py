@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,12 +97,16 @@ def read_image(path: str | Path) -> tuple[FloatImage, Grid]:
 
     name = Path(path).name
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         data = np.asanyarray(image.dataobj)
     except FileNotFoundError as error:
-        raise ImageError(f"{name}: the file is missing (a link to nowhere? try 'datalad get')") from error
+        raise ImageError(
+            f"{name}: the file is missing (a link to nowhere? try 'datalad get')"
+        ) from error
     except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken file
-        raise ImageError(f"{name}: cannot be read as NIfTI ({type(error).__name__}: {error})") from error
+        raise ImageError(
+            f"{name}: cannot be read as NIfTI ({type(error).__name__}: {error})"
+        ) from error
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim != 3:
@@ -172,9 +177,12 @@ def read_mask(path: str | Path, grid: Grid) -> Mask:
     else:
         indices = np.indices(grid.shape).reshape(3, -1).T
         positions = mask_grid.to_index(grid.to_world(indices)).T
-        mask = map_coordinates(
-            (values > 0.5).astype(np.uint8), positions, order=0, mode="constant", cval=0
-        ).reshape(grid.shape) > 0
+        mask = (
+            map_coordinates(
+                (values > 0.5).astype(np.uint8), positions, order=0, mode="constant", cval=0
+            ).reshape(grid.shape)
+            > 0
+        )
     if not mask.any():
         raise ImageError(
             f"{Path(path).name}: no voxel of the mask lies in the image; "

@@ -92,7 +92,9 @@ class Training:
         self.weights = _stacked([q.weights for q in quadratures], device)
         self.optimiser = torch.optim.Adam(
             [p for p in field.parameters() if p.requires_grad],
-            lr=self.options.learning_rate, betas=(0.9, 0.99), eps=1e-15,
+            lr=self.options.learning_rate,
+            betas=(0.9, 0.99),
+            eps=1e-15,
         )
         self.random = torch.Generator().manual_seed(settings.run.random_seed)
         self.width = settings.srr.srr_huber
@@ -100,7 +102,10 @@ class Training:
         self.steps = round(self.options.epochs * self.batches)
         self.step = 0
         self.history: dict[str, list[float]] = {
-            "step": [], "loss": [], "held_out_step": [], "held_out": []
+            "step": [],
+            "loss": [],
+            "held_out_step": [],
+            "held_out": [],
         }
         self.best = float("inf")
         self.best_state: dict[str, Tensor] = {}
@@ -187,7 +192,9 @@ class Training:
 
     def save(self, path: Path) -> None:
         """The whole state, so that going on gives the same numbers (on the CPU)."""
-        tensors = {f"field.{k}": v for k, v in self.field.state_dict().items() if k != "base.volume"}
+        tensors = {
+            f"field.{k}": v for k, v in self.field.state_dict().items() if k != "base.volume"
+        }
         tensors |= {f"best.{k}": v for k, v in self.best_state.items() if k != "base.volume"}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -203,7 +210,9 @@ class Training:
         tensors, record = found
         volume = {"base.volume": self.field.base.volume}
         self.field.load_state_dict(_part(tensors, "field.") | volume)
-        self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()} | volume
+        self.best_state = {
+            k: v.to(self.device) for k, v in _part(tensors, "best.").items()
+        } | volume
         adam: dict[int, dict[str, Any]] = {}
         for name, value in _part(tensors, "adam.").items():
             index, key = name.split(".", 1)

@@ -121,7 +121,8 @@ def test_forward_model_against_dense_integral(kind: str, bound: float) -> None:
     density /= density.sum()
     centres = stack.grid.to_world(np.argwhere(stack.mask))
     expected = sum(
-        w * blob(pose.apply(centres + z * stack.normal)) for z, w in zip(offsets, density, strict=True)
+        w * blob(pose.apply(centres + z * stack.normal))
+        for z, w in zip(offsets, density, strict=True)
     )
     assert np.abs(found - expected).max() < bound
 
@@ -134,7 +135,9 @@ def test_gaussian_through_gaussian_is_a_gaussian() -> None:
     affine[:3, 3] = -19.75
     grid = Grid((80, 80, 80), affine)
     volume = blob(grid.to_world(np.indices(grid.shape).reshape(3, -1).T)).astype(np.float32)
-    field = GridField(grid.shape, grid.affine.tolist(), torch.from_numpy(volume).reshape(80, 80, 80))
+    field = GridField(
+        grid.shape, grid.affine.tolist(), torch.from_numpy(volume).reshape(80, 80, 80)
+    )
     found = predict(field, stack, RigidTransform(), 2.0, Acquisition(profile="gaussian"))
     points = stack.grid.to_world(np.argwhere(stack.mask)) - [1, 2, 3]
     wide = 25 + (4.0 / FWHM) ** 2
@@ -173,7 +176,14 @@ def test_derivatives_by_pose_against_differences() -> None:
 
 def test_in_plane_voxels_twice_as_large_are_averaged() -> None:
     affine = np.diag([2.0, 2.0, 6.0, 1.0])
-    stack = Stack("s", np.zeros((4, 4, 3), np.float32), Grid((4, 4, 3), affine), 2, 6.0, np.ones((4, 4, 3), bool))
+    stack = Stack(
+        "s",
+        np.zeros((4, 4, 3), np.float32),
+        Grid((4, 4, 3), affine),
+        2,
+        6.0,
+        np.ones((4, 4, 3), bool),
+    )
     nodes = Nodes(stack, stack.mask, "box", 1.0)
     centre = nodes.weights @ nodes.points
     assert np.allclose(centre, stack.grid.to_world(np.argwhere(stack.mask)), atol=1e-5)

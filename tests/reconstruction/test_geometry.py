@@ -74,7 +74,9 @@ def test_itk_text_moves_points_as_simpleitk_reads_it(tmp_path: Path) -> None:
     transform = sitk.ReadTransform(str(path))
     point = np.array([11.0, -12.0, 13.0])
     flip = np.array([-1, -1, 1])
-    assert np.allclose(flip * transform.TransformPoint((flip * point).tolist()), motion.apply(point))
+    assert np.allclose(
+        flip * transform.TransformPoint((flip * point).tolist()), motion.apply(point)
+    )
     assert RigidTransform.from_itk_text(path.read_text()) == motion
 
 
