@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The profile-aware solution of a set of stacks: coarse to fine, with its strength chosen.
+"""The profile-aware solution of a set of stacks: coarse to fine.
 
 This is ``srr``, and what ``irem`` stands on.
 """
@@ -24,8 +24,7 @@ from .linear import Prior, System, refine, solve
 from .prepare import Prepared
 from .training import Progress
 
-STRENGTH = 9.0  # first weight of total variation over the stacks' mean noise variance
-SMOOTHER = 3.0  # see choose_strength
+STRENGTH = 0.11  # weight of total variation over the noise, both in scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 COARSE = 2.0  # voxel of the first, coarse solution over the result's
 
@@ -121,72 +120,19 @@ class Prediction:
         pairs = zip(self.models, self.factors, strict=True)
         return [m.values - g * m.forward(flat) for m, g in pairs]
 
-    def error(self, volume: Tensor) -> float:
-        """Mean square over all stacks."""
-        return float((torch.cat(self.residuals(volume)).double() ** 2).mean())
 
-    @property
-    def empty(self) -> bool:
-        """Whether no voxel was chosen."""
-        return sum(len(m.values) for m in self.models) == 0
-
-
-def first_strength(prepared: Prepared, settings: Settings) -> Prior:
-    """The setting, or a guess from the stacks' mean noise variance."""
+def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
+    """The setting, or in proportion to the stacks' mean noise."""
     weight = settings.srr.srr_lambda
     if weight is None:
-        noise = np.array(list(prepared.metrics["noise"].values()))
-        weight = float(np.clip(STRENGTH * np.mean(noise**2), 2e-4, 5e-3))
+        noise = float(np.mean(list(prepared.metrics["noise"].values())))
+        weight = STRENGTH * max(noise, 1e-3)
     return Prior(weight, settings.srr.srr_huber)
-
-
-def choose_strength(
-    system: System, volume: Tensor, prior: Prior, held_out: Prediction
-) -> tuple[Tensor, Prior, dict[str, float]]:
-    """The weight of total variation from the held-out voxels.
-
-    Walks from ``prior`` by factors of 3 to the least held-out error, fits a parabola to the
-    logarithm of the weight through the last three, and takes three times its minimum: held-out
-    voxels have near neighbours in their own slice, so they ask for less smoothing than the
-    volume between the slices does (measured, see docs/method).
-    """
-    errors: dict[float, float] = {}
-
-    def attempt(weight: float, start: Tensor) -> Tensor:
-        found = solve(system, start, Prior(weight, prior.width), iterations=8, reweightings=2)
-        errors[weight] = held_out.error(found)
-        return found
-
-    middle = attempt(prior.weight, volume)
-    best, volume = prior.weight, middle
-    for factor in (3.0, 1 / 3.0):
-        weight, current = prior.weight * factor, middle
-        for _ in range(4):
-            current = attempt(weight, current)
-            if errors[weight] >= errors[best]:
-                break
-            best, volume, weight = weight, current, weight * factor
-        if best != prior.weight:
-            break
-    chosen = SMOOTHER * _least(errors, best)
-    record = {f"{weight:.3g}": error for weight, error in sorted(errors.items())}
-    return volume, Prior(chosen, prior.width), record
-
-
-def _least(errors: dict[float, float], best: float) -> float:
-    """Weight of the least error: the vertex through ``best`` and its two neighbours."""
-    weights = sorted(errors)
-    place = weights.index(best)
-    if not 0 < place < len(weights) - 1:
-        return best
-    x = np.log(weights[place - 1 : place + 2])
-    a, b, _ = np.polyfit(x - x[1], [errors[w] for w in weights[place - 1 : place + 2]], 2)
-    return float(best * np.exp(np.clip(-b / (2 * a), -0.6, 0.6))) if a > 0 else best
 
 
 def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
     """Coarse then fine; with ``refined``, poses and gains along with the image."""
-    options, prior = job.settings.srr, first_strength(job.prepared, job.settings)
+    options, prior = job.settings.srr, penalty_strength(job.prepared, job.settings)
     coarse = job.grid.resampled(COARSE * float(job.grid.voxel_size[0]))
     system = build_system(
         job, coarse, list(job.prepared.poses), [Receiver()] * len(job.prepared.stacks)
@@ -215,12 +161,6 @@ def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
         volume = solve(system, volume, prior, iterations=10, reweightings=1)
         volume, more = refine(system, volume, prior, rounds=2, iterations=8, reweightings=1)
         steps += more
-    tried: dict[str, float] = {}
-    if options.srr_lambda is None:
-        held_out = Prediction(job, system, job.prepared.held_out)
-        if not held_out.empty:
-            volume, prior, tried = choose_strength(system, volume, prior, held_out)
-    progress(0.6, "strength of the penalty")
     volume = solve(
         system,
         volume,
@@ -229,9 +169,7 @@ def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
         reweightings=options.srr_reweightings,
         progress=lambda f: progress(0.6 + 0.4 * f, "fine solution"),
     )
-    return Linear(
-        volume, system, {"penalty": asdict(prior), "tried": tried, "pose_steps_mm": steps}
-    )
+    return Linear(volume, system, {"penalty": asdict(prior), "pose_steps_mm": steps})
 
 
 def _carry(volume: Tensor, coarse: Grid, fine: Grid) -> Tensor:
