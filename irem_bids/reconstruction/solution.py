@@ -24,7 +24,7 @@ from .linear import Prior, System, refine, solve
 from .prepare import Prepared
 from .training import Progress
 
-STRENGTH = 0.11  # weight of total variation over the noise, both in scaled intensity
+STRENGTH = 0.13  # weight of total variation over the noise, both in scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 COARSE = 2.0  # voxel of the first, coarse solution over the result's
 

@@ -77,7 +77,7 @@ def stack_slices(studio: Studio, stack: Stack) -> list[Figure]:
             "inputs",
             alt=f"{len(tiles)} of {stack.data.shape[stack.slice_axis]} slices of stack "
             f"{stack.label} in its own {stack.plane} plane",
-            caption="number: index of the slice in the file, from 0",
+            caption="number: index of the slice in the stack as cropped, from 0",
             stack=stack.label,
         )
     ]
