@@ -117,11 +117,15 @@ class Receiver:
         exponent = self.terms(voxels) @ torch.from_numpy(self.bias).float()
         return self.gain * torch.exp(exponent)
 
-    def image(self, stack: Stack, pose: RigidTransform, origin: NDArray) -> NDArray[np.float32]:
-        """(I, J, K) gain times bias over a whole stack in its pose."""
-        everywhere = np.indices(stack.grid.shape).reshape(3, -1).T
-        points = pose.apply(stack.grid.to_world(everywhere))
-        return self.factors(bias_positions(points, origin)).numpy().reshape(stack.grid.shape)
+    def image(self, grid: Grid, pose: RigidTransform, origin: NDArray) -> NDArray[np.float32]:
+        """Gain times bias at every voxel of ``grid``, moved by ``pose``; one slab at a time."""
+        out = np.empty(grid.shape, dtype=np.float32)
+        plane = np.indices((1, *grid.shape[1:])).reshape(3, -1).T
+        for first in range(grid.shape[0]):
+            points = pose.apply(grid.to_world(plane + np.array([first, 0, 0])))
+            values = self.factors(bias_positions(points, origin))
+            out[first] = values.numpy().reshape(grid.shape[1:])
+        return out
 
 
 def bias_positions(points: NDArray, origin: NDArray) -> NDArray[np.float32]:

@@ -184,18 +184,23 @@ def refine(
 ) -> tuple[Tensor, list[float]]:
     """Image, poses, gains and bias together, by Gauss-Newton with the latter projected out.
 
-    Each round linearises the receivers and poses about the present volume (columns D_s: six of
-    the pose, one of the gain, nine of the bias), solves for the image with the data term
-    projected onto the complement of D_s (variable projection), then takes the step that the
-    remaining residual asks for.  The gauge: the reference stack keeps its pose and its gain;
-    the logarithms of the bias fields sum to 0 over the stacks.
+    Each round linearises the receiver and pose of every stack but the reference about the
+    present volume (columns D_s: six of the pose, one of the gain, nine of the bias), solves for
+    the image with the data term projected onto the complement of D_s (variable projection),
+    then takes the step that the remaining residual asks for.  The reference, which has no
+    columns, holds the common motion, scale and shading meanwhile.  In the end the shading is
+    shared out: the logarithms of the bias fields sum to 0 over the stacks.
 
     Changes ``system`` in place; returns the volume and the largest step of each round (mm).
     """
     volume, steps = start, []
+    others = [s for s in range(len(system.models)) if s != system.reference]
     for turn in range(rounds):
-        bases = [_basis(system, s, volume) for s in range(len(system.models))]
-        projectors = [_complement(orthonormal) for orthonormal, _ in bases]
+        bases = {s: _basis(system, s, volume) for s in others}
+        projectors: list[Projector] = [
+            _complement(bases[s][0]) if s in bases else lambda residual: residual
+            for s in range(len(system.models))
+        ]
         volume = solve(
             system,
             volume,
@@ -205,13 +210,15 @@ def refine(
             projectors=projectors,
         )
         residuals = system.residuals(volume)
-        steps.append(max(_step(system, s, bases[s], r) for s, r in enumerate(residuals)))
-        mean = np.mean([r.bias for r in system.receivers], axis=0)
-        system.receivers = [replace(r, bias=r.bias - mean) for r in system.receivers]
+        steps.append(max(_step(system, s, bases[s], residuals[s]) for s in others))
         system.place()
         if progress:
             progress((turn + 1) / rounds)
-    return volume, steps
+    mean = np.mean([r.bias for r in system.receivers], axis=0)
+    system.receivers = [replace(r, bias=r.bias - mean) for r in system.receivers]
+    grid = system.models[0].grid
+    shading = Receiver(bias=mean).image(grid, RigidTransform(), grid.centre)
+    return volume * torch.from_numpy(shading).to(volume.device), steps
 
 
 def _complement(orthonormal: Tensor) -> Projector:
@@ -223,11 +230,10 @@ def _basis(system: System, s: int, volume: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal columns of the derivatives of stack ``s``, and R^-1 of their QR."""
     model, flat = system.models[s], volume.reshape(-1)
     factor = system.receivers[s].factors(model.voxels).to(model.device)
-    predicted = factor * model.forward(flat)
-    parts = [predicted[:, None] * system.receivers[s].terms(model.voxels).to(model.device)]
-    if s != system.reference:
-        parts = [factor[:, None] * model.pose_derivatives(flat), predicted[:, None], *parts]
-    columns = torch.cat(parts, dim=1)
+    predicted = (factor * model.forward(flat))[:, None]
+    terms = Receiver.terms(model.voxels).to(model.device)
+    pose = factor[:, None] * model.pose_derivatives(flat)
+    columns = torch.cat([pose, predicted, predicted * terms], dim=1)
     gram = (columns.T.double() @ columns.double()).cpu()
     size = gram.diagonal().sqrt().clamp_min(1e-12)
     identity = torch.eye(len(gram), dtype=torch.float64)
@@ -242,9 +248,6 @@ def _step(system: System, s: int, basis: tuple[Tensor, Tensor], residual: Tensor
     step = (inverse @ (orthonormal.T @ residual)).double().cpu().numpy()
     receiver = system.receivers[s]
     bias = np.clip(receiver.bias + step[-receiver.bias.size :], -1.0, 1.0)
-    if s == system.reference:
-        system.receivers[s] = replace(receiver, bias=bias)
-        return 0.0
     size = float(np.linalg.norm(step[:3]) * 50.0 + np.linalg.norm(step[3:6]))
     if size > 5.0:  # a linearisation holds for about a voxel: go only part of the way
         step[:6] *= 5.0 / size

@@ -74,7 +74,7 @@ class Fit:
         if self.method in POINT_SAMPLED:
             acquisition = replace(acquisition, profile="none")
         pose = self.poses[stack.label]
-        receiver = self.receivers[stack.label].image(stack, pose, self.grid.centre)
+        receiver = self.receivers[stack.label].image(stack.grid, pose, self.grid.centre)
         return predict(self.field, stack, pose, receiver, acquisition)
 
     def save(self, folder: str | Path) -> Path:
