@@ -9,6 +9,7 @@ Inputs marked ``nohash`` cannot change a result.
 from __future__ import annotations
 
 import json
+import math
 import logging
 import os
 import shutil
@@ -233,6 +234,7 @@ class Reconstruct(Step):
 
     def _work(self, folder: Path) -> None:
         from .reconstruction.masks import output_mask
+        from .reconstruction.metrics import snr
         from .reconstruction.optimise import Fit, quality
         from .reconstruction.prepare import Prepared, output_grid
         from .reconstruction.sample import sample
@@ -256,6 +258,8 @@ class Reconstruct(Step):
             values[~mask] = 0  # the masks say what the result is about
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
         write_image(target / "mask.nii.gz", mask, grid)
+        ratio = snr(values, mask)
+        metrics["snr_result"] = ratio if math.isfinite(ratio) else None
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
         step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)

@@ -43,3 +43,13 @@ def tiny_dataset(tmp_path: Path) -> Path:
             sidecar={"SliceThickness": 5.0, "EchoTime": 0.01},
         )
     return root
+
+
+@pytest.fixture
+def cuda() -> str:
+    """The CUDA device; the test is skipped, counted, where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return "cuda"

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from ..settings import Normalise, Output, Settings
 from .geometry import Grid, RigidTransform
+from .metrics import noise_sigma
 from .registration import Isotropic, agreement, isotropic, register
 from .stack import ImageError, Mask, Stack, read_image, write_image
 
@@ -199,19 +200,14 @@ def correct_bias(stack: Stack, *, threads: int) -> Stack:
 
 
 def noise_level(stack: Stack) -> float:
-    """Standard deviation of the noise within slices.
+    """Standard deviation of the noise within slices, in the eroded foreground.
 
-    Median absolute value of the mixed second difference [1 -2 1]' [1 -2 1] over the foreground
-    (Immerkaer 1996), which smooth structure does not reach; texture does, so this is an
-    upper estimate.
+    Smooth structure does not count, texture does, so this is an upper estimate
+    (:func:`.metrics.noise_sigma`).
     """
-    axes = [a for a in range(3) if a != stack.slice_axis]
-    detail = stack.data
-    for axis in axes:
-        detail = ndimage.convolve1d(detail, [1.0, -2.0, 1.0], axis=axis)
     inner = ndimage.binary_erosion(stack.mask, iterations=2)
-    chosen = detail[inner if inner.any() else stack.mask]
-    return float(np.median(np.abs(chosen)) / 0.6745 / 6.0)
+    mask = inner if inner.any() else stack.mask
+    return noise_sigma(stack.data, mask, slice_axis=stack.slice_axis)
 
 
 def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) -> Prepared:

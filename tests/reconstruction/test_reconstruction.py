@@ -231,6 +231,18 @@ def test_bias_of_the_stacks_is_found(truth: tuple[np.ndarray, Grid]) -> None:
     assert error.std() < 0.25 * expected.std()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["srr", "irem", "irem2021"])
+def test_gpu_and_cpu_agree(method: str, cuda: str, prepared: Prepared) -> None:
+    grid = output_grid(prepared, SETTINGS.output)
+    there = fit(method, prepared, grid, SETTINGS, device=cuda)
+    here = fit(method, prepared, grid, SETTINGS)
+    a, b = sample(there.field, grid, device=cuda), sample(here.field, grid)
+    assert psnr(a, b, b > 0.1) > (45 if method != "irem2021" else 25)
+    for label, pose in here.poses.items():
+        assert np.allclose(there.poses[label].matrix, pose.matrix, atol=1e-2)
+
+
 class _Stop(Exception):
     """The process dies here."""
 
