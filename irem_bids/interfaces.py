@@ -9,8 +9,8 @@ Inputs marked ``nohash`` cannot change a result.
 from __future__ import annotations
 
 import json
-import math
 import logging
+import math
 import os
 import shutil
 import time
