@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates, spline_filter
+from scipy.ndimage import correlate1d, map_coordinates, spline_filter
 
 from .geometry import Grid, RigidTransform
 from .stack import Stack
@@ -43,6 +43,19 @@ def resample_stack(
         )
     values[~inside] = 0
     return values, inside
+
+
+def without(stack: Stack, held_out: NDArray[np.bool_]) -> Stack:
+    """The stack with held-out voxels (I, J, K) replaced by their neighbours within the slice.
+
+    The mean of the 3 x 3 neighbours that are not held out; where all are, 0.
+    """
+    weight = (~held_out).astype(np.float32)
+    total = stack.data * weight
+    for axis in (a for a in range(3) if a != stack.slice_axis):
+        weight = correlate1d(weight, np.ones(3), axis=axis, mode="constant")
+        total = correlate1d(total, np.ones(3), axis=axis, mode="constant")
+    return stack.with_data(np.where(held_out, total / np.maximum(weight, 1), stack.data))
 
 
 def bspline(

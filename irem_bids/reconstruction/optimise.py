@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..settings import Settings
 from .acquisition import Receiver, predict
-from .baselines import bspline
+from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform
@@ -163,7 +163,8 @@ def _grid_field(grid: Grid, volume: Tensor) -> GridField:
 
 
 def _fit_bspline(job: Job) -> Fit:
-    volume = bspline(job.prepared.stacks, job.prepared.poses, job.grid)
+    pairs = zip(job.prepared.stacks, job.prepared.held_out, strict=True)
+    volume = bspline([without(s, held) for s, held in pairs], job.prepared.poses, job.grid)
     return _result(job, "bspline", _grid_field(job.grid, torch.from_numpy(volume)))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from irem_bids.reconstruction.baselines import bspline, resample_stack
+from irem_bids.reconstruction.baselines import bspline, resample_stack, without
 from irem_bids.reconstruction.fields import GridField, ModelError, ResidualField, load_model
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.linear import huber_weights, penalty_gradient
@@ -135,7 +135,8 @@ def test_held_out_voxels_are_predicted(prepared: Prepared, fits: dict[str, Fit])
     assert set(sharp["self_consistency"]) == {"axial1", "coronal1", "sagittal1"}
 
 
-def test_held_out_voxels_are_never_trained_on(prepared: Prepared) -> None:
+@pytest.mark.parametrize("method", ["srr", "bspline"])
+def test_held_out_voxels_are_never_trained_on(method: str, prepared: Prepared) -> None:
     """Changing them changes nothing."""
     grid = output_grid(prepared, SETTINGS.output)
     poisoned = replace(
@@ -145,7 +146,7 @@ def test_held_out_voxels_are_never_trained_on(prepared: Prepared) -> None:
             for s, h in zip(prepared.stacks, prepared.held_out, strict=True)
         ),
     )
-    a, b = (fit("srr", p, grid, SETTINGS).field for p in (prepared, poisoned))
+    a, b = (fit(method, p, grid, SETTINGS).field for p in (prepared, poisoned))
     assert torch.equal(a.volume, b.volume)
 
 
@@ -315,6 +316,17 @@ def test_bspline_of_one_stack_gives_back_its_voxels() -> None:
     data = np.random.default_rng(0).random((6, 6, 6)).astype(np.float32)
     stack = Stack("s", data, Grid((6, 6, 6), np.eye(4)), 2, 1.0, np.ones((6, 6, 6), bool))
     assert np.allclose(bspline([stack], [RigidTransform()], stack.grid), data, atol=1e-4)
+
+
+def test_held_out_voxels_become_the_mean_of_their_neighbours() -> None:
+    data = np.random.default_rng(0).random((5, 5, 3)).astype(np.float32)
+    stack = Stack("s", data, Grid((5, 5, 3), np.eye(4)), 2, 1.0, np.ones((5, 5, 3), bool))
+    held = np.zeros((5, 5, 3), bool)
+    held[2, 2, 1] = held[2, 3, 1] = True
+    filled = without(stack, held).data
+    around = [data[i, j, 1] for i in (1, 2, 3) for j in (1, 2, 3) if not held[i, j, 1]]
+    assert filled[2, 2, 1] == pytest.approx(np.mean(around))
+    assert np.array_equal(filled[~held], data[~held])
 
 
 def test_head_mask_holds_dim_tissue_and_leaves_air(truth: tuple[np.ndarray, Grid]) -> None:
