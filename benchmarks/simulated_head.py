@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep dataset and output here")
     parser.add_argument("--app", default="--no-n4", help="further options of irem-bids, one string")
     arguments = parser.parse_args()
+    where = machine()
     folder = arguments.folder or Path(tempfile.mkdtemp())
     truth = truth_volume(arguments.truth, arguments.crop)
     protocol = Protocol(**{**vars(PROTOCOL), "seed": arguments.seed})
@@ -97,9 +98,9 @@ def main() -> None:
         print(f"{method:9s} PSNR {found.psnr:.2f} dB  SSIM {found.ssim:.4f}  poses {errors} mm")
     record = {
         "command": ["python", "benchmarks/simulated_head.py", arguments.truth.name]
-        + [a for a in sys.argv[3:] if "/" not in a],
+        + [a for a in sys.argv[3:] if "/" not in a and a != "--folder"],
         "protocol": vars(protocol),
-        "machine": machine(),
+        "machine": where,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "scores": scores,
