@@ -26,7 +26,8 @@ METRICS: dict[str, tuple[str, str, str]] = {
         "SNR of the result",
         ".1f",
         "Mean of the foreground over the noise within it, estimated from its finest detail "
-        "(Immerkaer's mixed second difference); comparable between methods, not between scanners.",
+        "(Immerkaer's mixed second difference). A blurred result has little fine detail, so that a "
+        "high value alone is no sign of quality.",
     ),
     "ncc_before": (
         "NCC before",
