@@ -110,7 +110,7 @@ class Normalise(Step):
     output_spec = _NormaliseOutput
 
     def _work(self, folder: Path) -> None:
-        from .reconstruction.prepare import prepare
+        from .reconstruction.prepare import prepare, prepared_slices
         from .reconstruction.stack import read_stack
 
         started = time.monotonic()
@@ -138,6 +138,10 @@ class Normalise(Step):
                 for stack, pose in zip(prepared.stacks, prepared.poses, strict=True)
             },
             "metrics": prepared.metrics,
+            "slices": {
+                done.label: prepared_slices(acquired, done)
+                for acquired, done in zip(stacks, prepared.stacks, strict=True)
+            },
         }
         write_json(target / "step.json", step)
         self._results.update(prepared=str(target), key=key)
@@ -250,7 +254,7 @@ class Reconstruct(Step):
         with claimed_device(self.inputs.devices, locks) as device:
             started = time.monotonic()
             values = sample(result.field.to(device), grid, device=device)
-            metrics = quality(prepared, result, settings)
+            metrics = quality(prepared, result, settings, values)
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
         mask = output_mask(prepared, grid)

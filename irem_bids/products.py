@@ -71,6 +71,7 @@ def image_sidecar(result: Result, method: str) -> dict[str, Any]:
         "Units": "arbitrary",
         "Stacks": [stack_description(stack) for stack in result.group.stacks],
         "ReferenceStack": _reference_label(result),
+        **acquisition_of(result, method),
         "Excluded": [
             {"Path": Path(one.path).name, "Reason": one.reason} for one in result.group.excluded
         ],
@@ -89,6 +90,38 @@ def image_sidecar(result: Result, method: str) -> dict[str, Any]:
             "Settings": method_settings(result.settings, method),
         },
     }
+
+
+def acquisition_of(result: Result, method: str) -> dict[str, Any]:
+    """What a method found out about the acquisition, by stack and acquired slice.
+
+    ``SliceWeights`` are null for slices without foreground; ``SliceMotion`` holds rotation
+    vectors (rad, RAS+ axes) about ``SliceMotionPivot``, then translations (mm), beyond the
+    stack's pose; ``EstimatedSliceThickness`` is the width of the profile, mm.
+    """
+    fit = _read_json(result.methods[method] / "fit.json")
+    places = _read_json(result.prepared / "step.json").get("slices", {})
+
+    def whole(label: str, rows: list[Any]) -> list[Any]:
+        place = places.get(label, {"first": 0, "acquired": len(rows)})
+        out: list[Any] = [None] * place["acquired"]
+        out[place["first"] : place["first"] + len(rows)] = rows
+        return out
+
+    found: dict[str, Any] = {}
+    if fit.get("gains") and method != "bspline":
+        found["Gains"] = fit["gains"]
+    if fit.get("slice_weights"):
+        found["SliceWeights"] = {k: whole(k, v) for k, v in fit["slice_weights"].items()}
+    if fit.get("slice_motion"):
+        found["SliceMotion"] = {k: whole(k, v) for k, v in fit["slice_motion"].items()}
+        found["SliceMotionPivot"] = fit["slice_pivot"]
+    if any(width != 1 for width in fit.get("widths", {}).values()):
+        thickness = {stack.label: stack.slice_thickness for stack in result.group.stacks}
+        found["EstimatedSliceThickness"] = {
+            label: round(width * thickness[label], 4) for label, width in fit["widths"].items()
+        }
+    return found
 
 
 def stack_description(stack: Any) -> dict[str, Any]:

@@ -133,8 +133,18 @@ class Acquisition:
     profile: str = option(
         "gaussian",
         "slice profile: 'gaussian' with full width at half maximum equal to the slice "
-        "thickness, 'box' of that width, or 'none' for point samples as in the paper",
-        choices=("gaussian", "box", "none"),
+        "thickness, 'box' of that width, 'sinc' for a Hamming-windowed sinc pulse at small flip "
+        "angle, or 'none' for point samples as in the paper",
+        choices=("gaussian", "box", "sinc", "none"),
+    )
+    profile_file: str | None = option(
+        None,
+        "file with a measured slice profile, used instead of a named one: two columns, mm from "
+        "the slice's middle and response",
+        metavar="FILE",
+    )
+    learn_width: bool = option(
+        False, "estimate the width of each stack's slice profile along with the image (irem)"
     )
     slice_thickness: float | None = option(
         None,
@@ -172,6 +182,15 @@ class Irem:
     refine_poses: bool = option(True, "refine poses and gains together with the image")
     pose_rounds: int = option(
         4, "joint Gauss-Newton rounds for image, poses and gains", low=0, high=50
+    )
+    motion: str = option(
+        "auto",
+        "what moves: each 'stack' as a whole, or each 'slice', smoothly in the order of "
+        "acquisition; 'auto' tries both and decides by the error of held-out voxels",
+        choices=("auto", "stack", "slice"),
+    )
+    robust: bool = option(
+        True, "give slices that do not fit (dropped, torn by motion) little weight"
     )
     levels: int = option(4, "levels of the feature grid", low=1, high=12)
     features: int = option(4, "features per level", low=1, high=16)

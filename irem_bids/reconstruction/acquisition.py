@@ -1,36 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward model: how the voxels of a thick slice see the head.
 
-A voxel of stack *s* at index (i, j, k) is
+A voxel of stack *s* in slice *k* with centre p sees
 
-    y = g_s * sum_q w_q F(T_s(p_ijk + z_q n_s)),
+    y = g_s(p) * sum_q w_q F(T_sk(p + z_q n_s)),
 
-with F the field, T_s the pose of the stack (scanner to reference space), n_s the slices'
+with F the image, T_sk the pose of the slice (scanner to reference space), n_s the slices'
 normal, z_q and w_q the quadrature of the slice profile and g_s the stack's receiver, a gain
-times a smooth bias.  The nodes z_q are multiples of spacing / m, so neighbouring slices share
-them: the field is looked up once per node, then summed.
+times a smooth bias.  F is trilinear on a grid; the loops stand in :mod:`.operator_cpu` and
+:mod:`.operator_torch`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..settings import Acquisition
+from . import operator_cpu, operator_torch
 from .geometry import Grid, RigidTransform
 from .stack import Stack
 
 FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))  # of a Gaussian, in standard deviations
 TRUNCATION = 3.0  # standard deviations at which a Gaussian profile ends (0.3 % outside)
-BLOCKS = 2  # row blocks of a sparse product; fixed, so that sums do not depend on threads
+STEP = 1.0  # largest distance of the nodes through a slice, in voxels of the field's grid
+LOBES = 4.0  # time-bandwidth product of the windowed sinc pulse
+SINC_REACH = 1.6  # slice thicknesses on either side of a sinc profile's middle
+
+
+class ProfileError(ValueError):
+    """A file that holds no slice profile."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,47 @@ class Quadrature:
     weights: NDArray[np.float64]
 
 
-def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
-    """Quadrature of a slice profile on nodes that are multiples of ``step``.
+def sinc_profile(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Response at ``z`` (slice thicknesses) to a Hamming-windowed sinc pulse, small flip angle.
+
+    The Fourier transform of the pulse (Pauly et al. 1991, the k-space view of small tips), with
+    the time-bandwidth product 4; its full width at half maximum is 1.
+    """
+    times = np.linspace(-LOBES / 2, LOBES / 2, 513)
+    pulse = np.sinc(times) * (0.54 + 0.46 * np.cos(2 * np.pi * times / LOBES))
+    response = np.cos(2 * np.pi * np.multiply.outer(z, times)) @ pulse
+    return np.asarray(response / pulse.sum())
+
+
+def read_profile(path: str | Path) -> NDArray[np.float64]:
+    """(N, 2) offsets in mm, increasing, and responses of a measured slice profile.
+
+    Raises
+    ------
+    ProfileError
+        Not two columns of numbers, fewer than three rows, or no positive area.
+    """
+    try:
+        table = np.loadtxt(path, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise ProfileError(
+            f"{path}: no slice profile ({error}); expected two columns, mm and response"
+        ) from error
+    if table.shape[1] != 2 or len(table) < 3 or not np.isfinite(table).all():
+        raise ProfileError(
+            f"{path}: a table of shape {table.shape}; expected two columns, mm and response, and "
+            "three rows or more"
+        )
+    table = table[np.argsort(table[:, 0])]
+    if not np.trapezoid(table[:, 1], table[:, 0]) > 0:
+        raise ProfileError(f"{path}: the response sums to nothing; expected a positive area")
+    return np.asarray(table, dtype=np.float64)
+
+
+def profile_quadrature(
+    kind: str, thickness: float, step: float, measured: NDArray[np.float64] | None = None
+) -> Quadrature:
+    """Quadrature of a slice profile on equidistant nodes about the slice's middle.
 
     Parameters
     ----------
@@ -51,14 +95,17 @@ def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
         deviations; the rectangle rule, which converges faster than any power of the step.
         ``box``: width ``thickness``; equal weights but for the two ends, which give the rule
         the variance of the box, thickness^2 / 12.
+        ``sinc``: :func:`sinc_profile`, side lobes and all; means over the nodes' cells.
+        ``file``: ``measured`` (:func:`read_profile`), likewise; linear between its rows.
         ``none``: one node, the paper's point sample.
     thickness, step
-        mm.
+        mm; the nodes are ``step`` apart, a Gaussian's 1.2 standard deviations at most.
     """
     if kind == "none":
         return Quadrature(np.zeros(1), np.ones(1))
     if kind == "gaussian":
         sigma = thickness / FWHM
+        step = min(step, 1.2 * sigma)
         reach = max(1, round(TRUNCATION * sigma / step))
         offsets = step * np.arange(-reach, reach + 1)
         weights = np.asarray(np.exp(-0.5 * (offsets / sigma) ** 2))
@@ -71,23 +118,45 @@ def profile_quadrature(kind: str, thickness: float, step: float) -> Quadrature:
         end = (square / 12 - inner) / (2 * (reach**2 - inner))
         weights = np.full(2 * reach + 1, (1 - 2 * end) / (2 * reach - 1))
         weights[[0, -1]] = end
+    elif kind == "sinc" or (kind == "file" and measured is not None):
+        if kind == "sinc" or measured is None:
+            far = SINC_REACH * thickness
+        else:
+            far = float(np.abs(measured[:, 0]).max())
+        reach = max(1, math.ceil(far / step - 0.5))
+        offsets = step * np.arange(-reach, reach + 1)
+        cell = (np.arange(33) - 16) / 33 * step
+        points = offsets[:, None] + cell
+        if kind == "sinc" or measured is None:
+            weights = sinc_profile(points / thickness).mean(1)
+        else:
+            weights = np.interp(points, measured[:, 0], measured[:, 1], left=0, right=0).mean(1)
     else:
-        raise ValueError(f"unknown slice profile {kind!r}; expected gaussian, box or none")
+        raise ValueError(f"unknown slice profile {kind!r}; expected gaussian, box, sinc or none")
     total = float(weights.sum())
     return Quadrature(offsets.astype(np.float64), (weights / total).astype(np.float64))
 
 
-def profile_nodes(kind: str, thickness: float, points: int) -> Quadrature:
-    """``points`` equidistant nodes through a profile, for batches of single voxels."""
-    if kind == "none" or points == 1:
+def quadrature(acquisition: Acquisition, thickness: float, step: float) -> Quadrature:
+    """The quadrature that the settings ask for: :func:`profile_quadrature`."""
+    if acquisition.profile_file and acquisition.profile != "none":
+        measured = read_profile(acquisition.profile_file)
+        return profile_quadrature("file", thickness, step, measured)
+    return profile_quadrature(acquisition.profile, thickness, step)
+
+
+def training_quadrature(acquisition: Acquisition, thickness: float) -> Quadrature:
+    """About ``profile_points`` nodes through a profile, for batches of single voxels."""
+    points = acquisition.profile_points
+    if acquisition.profile == "none" or points == 1:
         return Quadrature(np.zeros(1), np.ones(1))
-    width = thickness if kind == "box" else 2 * TRUNCATION * thickness / FWHM
-    offsets = ((np.arange(points) + 0.5) / points - 0.5) * width
-    weights = np.ones(points)
-    if kind == "gaussian":
-        weights = np.exp(-0.5 * (offsets * FWHM / thickness) ** 2)
-    total = float(weights.sum())
-    return Quadrature(offsets.astype(np.float64), (weights / total).astype(np.float64))
+    fine = quadrature(acquisition, thickness, thickness / 40)
+    far = float(np.abs(fine.offsets).max())
+    edges = np.linspace(-far, far, points + 1)
+    cell = np.clip(np.searchsorted(edges, fine.offsets, side="right") - 1, 0, points - 1)
+    weights = np.bincount(cell, fine.weights, minlength=points)
+    offsets = (edges[1:] + edges[:-1]) / 2
+    return Quadrature(offsets.astype(np.float64), weights.astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -133,259 +202,217 @@ def bias_positions(points: NDArray, origin: NDArray) -> NDArray[np.float32]:
     return ((points - origin) / 100.0).astype(np.float32)
 
 
-class SparseMap:
-    """A sparse matrix (rows, columns) applied to float32 tensors, with its exact adjoint.
-
-    On the CPU two row blocks run in threads through scipy, which was measured five
-    times faster than ``grid_sample`` for the same interpolation; on a GPU cuSPARSE.
-    """
-
-    def __init__(self, matrix: sp.csr_matrix, device: str = "cpu") -> None:
-        self.shape = matrix.shape
-        self.device = torch.device(device)
-        if self.device.type == "cpu":
-            edges = np.linspace(0, matrix.shape[0], BLOCKS + 1).astype(int)
-            self._edges = edges
-            self._blocks = [matrix[a:b] for a, b in itertools.pairwise(edges)]
-        else:
-            self._forward = _torch_csr(matrix, self.device)
-            self._backward = _torch_csr(matrix.T.tocsr(), self.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(columns,) or (columns, c) to (rows,) or (rows, c)."""
-        if self.device.type != "cpu":
-            return self._forward @ x
-        array = x.numpy()
-        with ThreadPoolExecutor(BLOCKS) as pool:
-            parts = list(pool.map(lambda block: block @ array, self._blocks))
-        return torch.from_numpy(np.concatenate(parts))
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """(rows,) to (columns,)."""
-        if self.device.type != "cpu":
-            return self._backward @ y
-        array = y.numpy()
-        pieces = [array[a:b] for a, b in itertools.pairwise(self._edges)]
-        with ThreadPoolExecutor(BLOCKS) as pool:
-            parts = list(
-                pool.map(lambda pair: pair[0].T @ pair[1], zip(self._blocks, pieces, strict=True))
-            )
-        return torch.from_numpy(sum(parts[1:], parts[0]))
-
-    def squared_column_sums(self) -> Tensor:
-        """(columns,) sums of squared entries: the diagonal of the normal matrix."""
-        ones = torch.ones(self.shape[0])
-        if self.device.type != "cpu":
-            squared = torch.sparse_csr_tensor(
-                self._backward.crow_indices(),
-                self._backward.col_indices(),
-                self._backward.values() ** 2,
-                self._backward.shape,
-            )
-            return squared @ ones.to(self.device)
-        total = np.zeros(self.shape[1], dtype=np.float32)
-        for block in self._blocks:
-            total += block.power(2).T @ np.ones(block.shape[0], dtype=np.float32)
-        return torch.from_numpy(total)
-
-
-def _torch_csr(matrix: sp.csr_matrix, device: torch.device) -> Tensor:
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(matrix.indptr.astype(np.int64)),
-        torch.from_numpy(matrix.indices.astype(np.int64)),
-        torch.from_numpy(matrix.data),
-        matrix.shape,
-    ).to(device)
-
-
-def interpolation_matrix(indices: NDArray, shape: tuple[int, int, int]) -> sp.csr_matrix:
-    """Trilinear interpolation as a matrix (N, voxels), C order; zero outside the grid.
-
-    ``indices``: (N, 3) fractional voxel indices.
-    """
-    indices = np.asarray(indices, dtype=np.float32)
-    base = np.floor(indices)
-    fraction = indices - base
-    base = base.astype(np.int32)
-    count = len(indices)
-    columns = np.empty((count, 8), dtype=np.int32)
-    values = np.empty((count, 8), dtype=np.float32)
-    axes = []
-    for axis in range(3):
-        pair = []
-        for step, weight in ((0, 1 - fraction[:, axis]), (1, fraction[:, axis])):
-            position = base[:, axis] + step
-            inside = (position >= 0) & (position < shape[axis])
-            pair.append((np.where(inside, position, 0), np.where(inside, weight, 0)))
-        axes.append(pair)
-    for corner in range(8):
-        (x, wx), (y, wy), (z, wz) = (axes[a][(corner >> (2 - a)) & 1] for a in range(3))
-        columns[:, corner] = (x * shape[1] + y) * shape[2] + z
-        values[:, corner] = wx * wy * wz
-    pointers = np.arange(0, 8 * count + 1, 8, dtype=np.int64)
-    if 8 * count < 2**31:
-        pointers = pointers.astype(np.int32)
-    return sp.csr_matrix(
-        (values.ravel(), columns.ravel(), pointers), shape=(count, int(np.prod(shape)))
-    )
-
-
-class Nodes:
-    """The points at which a stack looks at the field, and their weights in each voxel.
-
-    Parameters
-    ----------
-    stack
-        Its slice axis, thickness and grid are used; in-plane voxels more than 1.5 times
-        ``step`` are averaged over (box), finer ones are points.
-    use
-        (I, J, K) voxels that are predicted, in C order the rows of everything here.
-    kind
-        Slice profile.
-    step
-        Largest distance of nodes through the slice, mm: the voxel of the field's grid.
+@dataclass
+class Rows:
+    """The voxels of a stack that are predicted, slice after slice, and where they look.
 
     Attributes
     ----------
-    points
-        (M, 3) float64, in the stack's scanner coordinates, RAS+ mm.
+    index
+        (N, 3) int16 voxel indices in the stack, sorted by slice.
+    axis
+        Slice axis.
+    maps
+        (K, 3, 4) per slice: voxel of the stack to voxel of the volume.
+    steps, through
+        (K, T, 3) float32, voxels of the volume: the taps about the centre, and their part
+        along the slices' normal.
     weights
-        (N, M) sparse; rows sum to 1.
+        (T,) float32, sum 1.
     """
 
-    def __init__(self, stack: Stack, use: NDArray[np.bool_], kind: str, step: float) -> None:
-        axis = stack.slice_axis
-        divisions = 1 if kind == "none" else max(1, math.ceil(stack.spacing / step - 0.05))
-        profile = profile_quadrature(kind, stack.slice_thickness, stack.spacing / divisions)
-        reach = (len(profile.offsets) - 1) // 2
-        order = [a for a in range(3) if a != axis] + [axis]  # in-plane axes first, slices last
-        factors = [
-            max(1, math.floor(v / step + 0.5)) if kind != "none" else 1 for v in stack.in_plane
-        ]
-        mask = np.transpose(use, order)
-        rows, columns = mask.shape[:2]
-        fine = np.zeros(
-            (
-                rows * factors[0],
-                columns * factors[1],
-                (mask.shape[2] - 1) * divisions + 2 * reach + 1,
-            ),
-            dtype=bool,
-        )
-        spread = np.repeat(np.repeat(mask, factors[0], axis=0), factors[1], axis=1)
-        last = (mask.shape[2] - 1) * divisions + 1
-        for shift in range(2 * reach + 1):
-            fine[:, :, shift : shift + last : divisions] |= spread
-        number = np.full(fine.shape, -1, dtype=np.int32)
-        number[fine] = np.arange(int(fine.sum()), dtype=np.int32)
-
-        # voxels in C order of the stack's own axes, so that data[use] are the rows
-        voxels = np.argwhere(use)[:, order]
-        entries = []
-        for u in range(factors[0]):
-            for v in range(factors[1]):
-                a, b = voxels[:, 0] * factors[0] + u, voxels[:, 1] * factors[1] + v
-                entries += [
-                    number[a, b, voxels[:, 2] * divisions + shift] for shift in range(2 * reach + 1)
-                ]
-        values = np.tile(profile.weights / (factors[0] * factors[1]), factors[0] * factors[1])
-        width = len(entries)
-        self.weights = sp.csr_matrix(
-            (
-                np.tile(values.astype(np.float32), len(voxels)),
-                np.stack(entries, axis=1).ravel(),
-                np.arange(0, width * len(voxels) + 1, width),
-            ),
-            shape=(len(voxels), int(fine.sum())),
-        )
-        position = np.argwhere(fine).astype(np.float64)
-        index = np.empty_like(position)
-        index[:, order[0]] = (position[:, 0] + 0.5) / factors[0] - 0.5
-        index[:, order[1]] = (position[:, 1] + 0.5) / factors[1] - 0.5
-        index[:, axis] = (position[:, 2] - reach) / divisions
-        self.points = stack.grid.to_world(index)
+    index: NDArray[np.int16]
+    axis: int
+    maps: NDArray[np.float64]
+    steps: NDArray[np.float32]
+    through: NDArray[np.float32]
+    weights: NDArray[np.float32]
 
 
 class StackModel:
     """The linear forward model of one stack on a voxel grid: volume to predicted voxels.
 
-    ``y = weights @ interpolation @ volume``; rows are ``stack.data[use]``.
+    Parameters
+    ----------
+    stack
+        Its slice axis, thickness and grid are used; in-plane voxels more than 1.5 times those
+        of ``grid`` are averaged over (box), finer ones are points.
+    use
+        (I, J, K) voxels that are predicted.
+    grid
+        Of the volume.
+    counts
+        (I, J, K) acquired voxels behind each voxel of a binned stack; 1 if not given.
+
+    Attributes
+    ----------
+    index
+        (N, 3) voxels, sorted by slice: the order of all rows here.
+    starts
+        (K + 1,) row at which each slice starts.
+    values
+        (N,) tensor, the stack's intensities.
+    counts
+        (N,) tensor, acquired voxels behind each row.
+    voxels
+        (N, 3) where the bias is evaluated (:func:`bias_positions`).
+    poses
+        (K, 4, 4) scanner space to reference space, one per slice.
+    width
+        True width of the profile over the one that was asked for.
+    normal
+        (3,) of the slices, scanner space.
     """
 
     def __init__(
-        self, stack: Stack, use: NDArray[np.bool_], grid: Grid, kind: str, device: str = "cpu"
+        self,
+        stack: Stack,
+        use: NDArray[np.bool_],
+        grid: Grid,
+        acquisition: Acquisition,
+        device: str = "cpu",
+        counts: NDArray[np.float32] | None = None,
     ) -> None:
-        self.grid = grid
-        self.device = device
-        self.nodes = Nodes(stack, use, kind, float(grid.voxel_size.min()))
-        self.profile = SparseMap(self.nodes.weights, device)
-        self.centres = stack.grid.to_world(np.argwhere(use))
-        self.values = torch.from_numpy(stack.data[use]).to(device)
-        self.interpolation: SparseMap
-        self.points: NDArray[np.float64]  # nodes in reference space
-        self.voxels: NDArray[np.float32]  # voxel centres for the bias
+        self.grid, self.device = grid, torch.device(device)
+        axis = stack.slice_axis
+        order = [axis, *(a for a in range(3) if a != axis)]
+        found = np.argwhere(np.transpose(use, order))
+        index = np.empty_like(found, dtype=np.int16)
+        index[:, order] = found
+        self.index = index
+        self.slices = stack.grid.shape[axis]
+        self.starts = np.searchsorted(found[:, 0], np.arange(self.slices + 1))
+        where = tuple(index.T.astype(np.intp))
+        self.values = torch.from_numpy(stack.data[where]).to(self.device)
+        behind = np.ones(len(index), np.float32) if counts is None else counts[where]
+        self.counts = torch.from_numpy(np.ascontiguousarray(behind, np.float32)).to(self.device)
+        self._affine = np.array(stack.grid.affine)
+        self._taps(stack, acquisition)
+        self.poses = np.repeat(np.eye(4)[None], self.slices, axis=0)
+        self.width = 1.0
+        self._rows: operator_torch.DeviceRows | None = None
+        self.set_poses(RigidTransform())
 
-    def set_pose(self, pose: RigidTransform) -> None:
-        """Place the stack; builds the interpolation."""
-        self.points = pose.apply(self.nodes.points)
-        self.voxels = bias_positions(pose.apply(self.centres), self.grid.centre)
-        matrix = interpolation_matrix(self.grid.to_index(self.points), self.grid.shape)
-        self.interpolation = SparseMap(matrix, self.device)
+    def _taps(self, stack: Stack, acquisition: Acquisition) -> None:
+        """(T, 3) offsets in mm along the stack's axes: in plane, and through it; weights."""
+        voxel = float(self.grid.voxel_size.min())
+        profile = quadrature(acquisition, stack.slice_thickness, STEP * voxel)
+        sizes, parts = stack.grid.voxel_size, []
+        for axis in range(3):
+            if axis == stack.slice_axis:
+                parts.append(profile.offsets)
+                continue
+            count = 1
+            if acquisition.profile != "none":
+                count = max(1, math.floor(float(sizes[axis]) / voxel + 0.5))
+            parts.append(((np.arange(count) + 0.5) / count - 0.5) * sizes[axis])
+        taps = np.stack(np.meshgrid(*parts, indexing="ij"), axis=-1)
+        shape = [1, 1, 1]
+        shape[stack.slice_axis] = -1
+        weights = np.broadcast_to(profile.weights.reshape(shape), taps.shape[:3])
+        directions = stack.grid.directions
+        normal = np.zeros((3, 3))
+        normal[:, stack.slice_axis] = directions[:, stack.slice_axis]
+        self._through = taps.reshape(-1, 3) @ normal.T  # (T, 3) scanner mm
+        self._within = taps.reshape(-1, 3) @ (directions - normal).T
+        self._weights = np.ascontiguousarray(weights.ravel() / weights.sum(), np.float32)
+        self._axis = stack.slice_axis
+        self.normal = directions[:, stack.slice_axis]
+
+    def set_poses(
+        self, poses: RigidTransform | NDArray[np.float64], width: float | None = None
+    ) -> None:
+        """Place the stack (a pose, or one per slice (K, 4, 4)) and set the profile's width."""
+        if isinstance(poses, RigidTransform):
+            poses = np.repeat(poses.matrix[None], self.slices, axis=0)
+        self.poses = np.array(poses, dtype=np.float64)
+        self.width = self.width if width is None else float(width)
+        into = np.linalg.inv(self.grid.affine)
+        turn = into[:3, :3] @ self.poses[:, :3, :3]  # scanner mm to voxels of the volume
+        through = np.einsum("kab,tb->kta", turn, self._through * self.width)
+        within = np.einsum("kab,tb->kta", turn, self._within)
+        self.rows = Rows(
+            self.index,
+            self._axis,
+            np.ascontiguousarray((into @ self.poses @ self._affine)[:, :3]),
+            (through + within).astype(np.float32),
+            through.astype(np.float32),
+            self._weights,
+        )
+        points = np.empty((len(self.index), 3), np.float32)
+        where = self.poses @ self._affine
+        for k in range(self.slices):
+            part = slice(self.starts[k], self.starts[k + 1])
+            moved = self.index[part] @ where[k, :3, :3].T + where[k, :3, 3]
+            points[part] = bias_positions(moved, self.grid.centre)
+        self.voxels = points
+        if self._rows is not None:
+            self._rows.place(self.rows)
+
+    def _on_device(self) -> operator_torch.DeviceRows:
+        if self._rows is None:
+            self._rows = operator_torch.DeviceRows(self.rows, self.device)
+        return self._rows
 
     def forward(self, volume: Tensor) -> Tensor:
-        """(voxels of the grid,) to (N,), before the receiver."""
-        return self.profile.forward(self.interpolation.forward(volume))
+        """(X, Y, Z) to (N,), before the receiver."""
+        if self.device.type != "cpu":
+            return operator_torch.forward(volume, self._on_device())
+        image = np.ascontiguousarray(volume.numpy())
+        return torch.from_numpy(operator_cpu.forward(image, self.rows, torch.get_num_threads()))
 
-    def adjoint(self, residual: Tensor) -> Tensor:
-        """(N,) to (voxels of the grid,), before the receiver."""
-        return self.interpolation.adjoint(self.profile.adjoint(residual))
+    def adjoint(self, values: Tensor) -> Tensor:
+        """(N,) to (X, Y, Z), before the receiver."""
+        if self.device.type != "cpu":
+            return operator_torch.adjoint(values, self._on_device(), self.grid.shape)
+        return torch.from_numpy(
+            operator_cpu.adjoint(
+                values.numpy(), self.rows, self.grid.shape, torch.get_num_threads()
+            )
+        )
 
-    def coverage(self) -> Tensor:
-        """(voxels of the grid,) sum of the weights with which the stack sees each voxel."""
-        ones = torch.ones(len(self.values), device=self.device)
-        return self.adjoint(ones)
-
-    def pose_derivatives(self, volume: Tensor) -> Tensor:
-        """(N, 6) derivative by rotation (rad, RAS+ axes, about the moved centre) and shift (mm).
+    def derivatives(self, volume: Tensor) -> Tensor:
+        """(N, 7): by rotation about :attr:`pivot` (rad, RAS+ axes), shift (mm), relative width.
 
         The motion is applied after the pose, in reference space.
         """
-        slopes = torch.gradient(volume.reshape(self.grid.shape), dim=(0, 1, 2))
-        index_gradient = [self.interpolation.forward(s.reshape(-1).contiguous()) for s in slopes]
-        to_index = torch.from_numpy(np.linalg.inv(self.grid.affine[:3, :3])).float().to(self.device)
-        gradient = torch.stack(index_gradient, dim=1) @ to_index  # (M, 3) per mm
-        arm = torch.from_numpy(self.points - self.points.mean(axis=0)).float().to(self.device)
-        turned = torch.linalg.cross(arm, gradient)  # d/dw of gradient . (w x arm)
-        both = torch.cat([turned, gradient], dim=1)
-        return torch.stack([self.profile.forward(c.contiguous()) for c in both.T], dim=1)
+        pivot = self.grid.to_index(self.pivot)
+        if self.device.type != "cpu":
+            return operator_torch.derivatives(volume, self._on_device(), self.grid.affine, pivot)
+        image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
+        found = operator_cpu.derivatives(image, self.rows, self.grid.affine, pivot, threads)
+        found[:, 6] /= self.width
+        return torch.from_numpy(found)
 
     @property
     def pivot(self) -> NDArray[np.float64]:
-        """(3,) the point about which :meth:`pose_derivatives` turns, reference space, mm."""
-        return self.points.mean(axis=0)
+        """(3,) mean of the moved voxel centres, reference space, mm."""
+        if not len(self.voxels):
+            return np.array(self.grid.centre)
+        return self.voxels.mean(axis=0, dtype=np.float64) * 100.0 + self.grid.centre
+
+    @property
+    def slice_of_row(self) -> NDArray[np.intp]:
+        """(N,) slice of each row."""
+        return np.asarray(self.index[:, self._axis], dtype=np.intp)
 
 
 def predict(
-    field: torch.nn.Module,
+    volume: NDArray[np.float32],
+    grid: Grid,
     stack: Stack,
-    pose: RigidTransform,
-    gain: float | NDArray[np.float32],
+    poses: RigidTransform | NDArray[np.float64],
     acquisition: Acquisition,
+    *,
+    width: float = 1.0,
 ) -> NDArray[np.float32]:
-    """The stack as the field predicts it: (I, J, K) scaled intensity, 0 outside its mask.
+    """The stack as the volume (X, Y, Z) on ``grid`` predicts it, before the receiver.
 
-    ``gain`` is a number or (I, J, K), see :meth:`Receiver.image`;
-    ``field`` maps points (N, 3) in mm to (N,) intensities and may lie on any device.
+    ``poses``: of the stack or of each slice (K, 4, 4).  Returns (I, J, K), 0 outside the mask.
     """
-    tensors = [*field.parameters(), *field.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    nodes = Nodes(stack, stack.mask, acquisition.profile, float(min(stack.in_plane)))
-    points = torch.from_numpy(pose.apply(nodes.points)).float()
-    values = np.empty(len(points), dtype=np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(points), 2**18):
-            part = points[start : start + 2**18].to(device)
-            values[start : start + len(part)] = field(part).cpu().numpy()
+    model = StackModel(stack, stack.mask, grid, acquisition)
+    model.set_poses(poses, width)
     out = np.zeros(stack.grid.shape, dtype=np.float32)
-    out[stack.mask] = nodes.weights @ values
-    return out * np.asarray(gain, dtype=np.float32)
+    values = model.forward(torch.from_numpy(np.asarray(volume, dtype=np.float32)))
+    out[tuple(model.index.T.astype(np.intp))] = values.numpy()
+    return out

@@ -200,6 +200,26 @@ class RigidTransform:
         return cls(flip @ lps @ flip)
 
 
+def mean_pose(poses: ArrayLike, centre: ArrayLike, weights: ArrayLike) -> RigidTransform:
+    """The mean of rigid motions (K, 4, 4), e.g. of the slices of a stack.
+
+    The chordal mean of the rotations (Moakher 2002) and the mean of where ``centre`` (3,), mm
+    before the motion, goes.  ``weights``: (K,), not negative, not all 0.
+
+    >>> turn = [RigidTransform.from_vector([0, 0, a, 2, 0, 0]).matrix for a in (0.1, -0.1)]
+    >>> mean_pose(turn, [0, 0, 0], [1, 1]) == RigidTransform.from_vector([0, 0, 0, 2, 0, 0])
+    True
+    """
+    matrices, pivot = np.asarray(poses, np.float64), np.asarray(centre, np.float64)
+    share = np.asarray(weights, np.float64) / np.sum(weights)
+    mean = np.einsum("k,kab->ab", share, matrices)
+    u, _, v = np.linalg.svd(mean[:3, :3])
+    matrix = np.eye(4)
+    matrix[:3, :3] = u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v
+    matrix[:3, 3] = mean[:3, :3] @ pivot + mean[:3, 3] - matrix[:3, :3] @ pivot
+    return RigidTransform(matrix)
+
+
 def through_plane_axis(grid: Grid) -> int:
     """Index of the axis with the largest voxel size (the last of equals)."""
     sizes = np.round(grid.voxel_size, 3)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -20,14 +21,15 @@ from .acquisition import Receiver, predict
 from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .fields import Field, GridField, ResidualField, load_model, save_model
-from .geometry import Grid, RigidTransform
+from .geometry import Grid, RigidTransform, mean_pose
 from .prepare import Prepared, write_json
 from .registration import ncc
-from .solution import Job, Linear, Prediction, build_system, solve_linear
+from .sample import evaluate, sample
+from .solution import Job, Linear, Prediction, State, solve_linear
 from .stack import Stack
 from .training import Progress, Samples, Training, quadratures
 
-POINT_SAMPLED = ("bspline", "irem2021")
+PER_STACK = ("slice_poses", "slice_weights", "widths")
 
 
 @dataclass
@@ -35,8 +37,10 @@ class Fit:
     """A trained field with the poses and gains that belong to it.
 
     ``poses``: label of a stack to its pose (scanner space to reference space);
-    ``receivers``: label to gain and bias, the reference's gain is 1; ``history``: the curves
-    ``step``/``loss`` and ``held_out_step``/``held_out`` (mean squared errors); ``info``:
+    ``receivers``: label to gain and bias, the reference's gain is 1; ``slice_poses``: label to
+    (K, 4, 4), where slices moved one by one; ``slice_weights``: label to (K,); ``widths``: of
+    the profile over the assumed one; slices are those of the prepared stack.  ``history``: the
+    curves ``step``/``loss`` and ``held_out_step``/``held_out`` (mean squared errors); ``info``:
     seconds, device, strength of the penalty and the like.
     """
 
@@ -48,6 +52,9 @@ class Fit:
     receivers: dict[str, Receiver]
     history: dict[str, list[float]]
     info: dict[str, Any]
+    slice_poses: dict[str, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
+    slice_weights: dict[str, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
+    widths: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def gains(self) -> dict[str, float]:
@@ -63,19 +70,52 @@ class Fit:
             "bias": {label: receiver.bias.tolist() for label, receiver in self.receivers.items()},
             "history": self.history,
             "info": self.info,
+            "slice_poses": {label: poses.tolist() for label, poses in self.slice_poses.items()},
+            "slice_weights": {label: w.tolist() for label, w in self.slice_weights.items()},
+            "widths": dict(self.widths),
+            "slice_motion": {
+                label: self.slice_motion(label).tolist() for label in self.slice_poses
+            },
+            "slice_pivot": self.grid.centre.tolist(),
         }
 
-    def predict(self, stack: Stack, settings: Settings) -> NDArray[np.float32]:
+    def slice_motion(self, label: str) -> NDArray[np.float64]:
+        """(K, 6) motion of each slice beyond its stack's pose, about the middle of the result:
+        rotation vectors (rad, RAS+ axes), then translations (mm)."""
+        back = self.poses[label].inverse()
+        return np.stack(
+            [
+                (RigidTransform(pose) @ back).to_vector(self.grid.centre)
+                for pose in self.slice_poses[label]
+            ]
+        )
+
+    def image(self) -> NDArray[np.float32]:
+        """The field on the grid that it was made for, scaled intensity."""
+        return sample(self.field, self.grid)
+
+    def predict(
+        self, stack: Stack, settings: Settings, image: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
         """The stack as this fit predicts it: (I, J, K) scaled intensity, 0 outside its mask.
 
-        Methods that fit point samples predict point samples.
+        ``image``: :meth:`image`, made here if not given.  ``bspline`` predicts point samples of
+        its image; ``irem2021`` of its network.
         """
-        acquisition = settings.acquisition
-        if self.method in POINT_SAMPLED:
-            acquisition = replace(acquisition, profile="none")
         pose = self.poses[stack.label]
         receiver = self.receivers[stack.label].image(stack.grid, pose, self.grid.centre)
-        return predict(self.field, stack, pose, receiver, acquisition)
+        if self.method == "irem2021":
+            out = np.zeros(stack.grid.shape, dtype=np.float32)
+            points = pose.apply(stack.grid.to_world(np.argwhere(stack.mask)))
+            out[stack.mask] = evaluate(self.field, points)
+            return out * receiver
+        acquisition = settings.acquisition
+        if self.method == "bspline":
+            acquisition = replace(acquisition, profile="none")
+        values = self.image() if image is None else image
+        poses = self.slice_poses.get(stack.label, pose)
+        width = self.widths.get(stack.label, 1.0)
+        return predict(values, self.grid, stack, poses, acquisition, width=width) * receiver
 
     def save(self, folder: str | Path) -> Path:
         """Write ``model.safetensors`` and, last, ``fit.json``."""
@@ -101,6 +141,9 @@ class Fit:
             {k: Receiver(g, np.array(record["bias"][k])) for k, g in record["gains"].items()},
             record["history"],
             record["info"],
+            {label: np.array(poses) for label, poses in record["slice_poses"].items()},
+            {label: np.array(w) for label, w in record["slice_weights"].items()},
+            dict(record["widths"]),
         )
 
 
@@ -155,6 +198,7 @@ def _result(job: Job, method: str, field: Field, **found: Any) -> Fit:
         dict(zip(labels, receivers, strict=True)),
         found.get("history", {}),
         found.get("info", {}),
+        *(dict(zip(labels, found[k], strict=True)) if k in found else {} for k in PER_STACK),
     )
 
 
@@ -170,7 +214,8 @@ def _fit_bspline(job: Job) -> Fit:
 
 def _fit_srr(job: Job) -> Fit:
     linear = solve_linear(job, refined=False, progress=job.part(0, 1, "srr"))
-    return _result(job, "srr", _grid_field(job.grid, linear.volume), info=linear.info)
+    found = {"receivers": linear.state.receivers, "info": linear.info}
+    return _result(job, "srr", _grid_field(job.grid, linear.volume), **found)
 
 
 # ------------------------------------------------------------------------------ irem
@@ -202,15 +247,21 @@ def _fit_irem(job: Job) -> Fit:
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
-    return _result(
-        job,
-        "irem",
-        field,
-        poses=linear.system.poses,
-        receivers=linear.system.receivers,
-        history=training.history,
-        info=info,
-    )
+    found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
+    found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}
+    if linear.info.get("motion") == "slice":
+        found["slice_poses"] = linear.state.poses
+    return _result(job, "irem", field, poses=_stack_poses(job, linear.state), **found)
+
+
+def _stack_poses(job: Job, state: State) -> list[RigidTransform]:
+    """One pose a stack: where slices moved one by one, their mean."""
+    poses = []
+    for stack, each in zip(job.prepared.stacks, state.poses, strict=True):
+        others = tuple(a for a in range(3) if a != stack.slice_axis)
+        centre = stack.grid.to_world(np.argwhere(stack.mask).mean(axis=0))
+        poses.append(mean_pose(each, centre, stack.mask.sum(axis=others)))
+    return poses
 
 
 def _count(field: Field) -> int:
@@ -218,42 +269,26 @@ def _count(field: Field) -> int:
 
 
 def _linear_or_saved(job: Job) -> Linear:
-    """The linear solution with refined poses, from the checkpoint where there is one."""
+    """The linear solution with its acquisition, from the checkpoint where there is one."""
     path = None if job.checkpoint is None else job.checkpoint / "linear.safetensors"
     found = load_state(path) if path else None
-    if found is None:
-        refined = job.settings.irem.refine_poses and job.settings.normalise.registration
-        linear = solve_linear(job, refined=refined, progress=job.part(0.0, 0.5, "linear"))
-        if path is not None:
-            record = {
-                "poses": [p.matrix.tolist() for p in linear.system.poses],
-                "gains": [r.gain for r in linear.system.receivers],
-                "bias": [r.bias.tolist() for r in linear.system.receivers],
-                "info": linear.info,
-            }
-            save_state(path, {"volume": linear.volume}, record)
-        return linear
-    tensors, record = found
-    poses = [RigidTransform(m) for m in record["poses"]]
-    receivers = [
-        Receiver(gain, np.array(bias))
-        for gain, bias in zip(record["gains"], record["bias"], strict=True)
-    ]
-    system = build_system(job, job.grid, poses, receivers)
-    return Linear(tensors["volume"].to(job.device), system, dict(record["info"]))
+    if found is not None:
+        tensors, record = found
+        volume = tensors["volume"].to(job.device)
+        return Linear(volume, State.restored(record["state"]), dict(record["info"]))
+    refined = job.settings.irem.refine_poses and job.settings.normalise.registration
+    linear = solve_linear(job, refined=refined, progress=job.part(0.0, 0.5, "linear"))
+    if path is not None:
+        record = {"state": linear.state.record(), "info": linear.info}
+        save_state(path, {"volume": linear.volume}, record)
+    return linear
 
 
 def _samples(job: Job, linear: Linear, uses: list[np.ndarray]) -> Samples:
     """Voxels with the residual of the linear solution as their target."""
-    chosen = Prediction(job, linear.system, uses)
-    return Samples(
-        list(job.prepared.stacks),
-        uses,
-        linear.system.poses,
-        chosen.residuals(linear.volume),
-        chosen.factors,
-        job.device,
-    )
+    chosen = Prediction(job, job.grid, linear.state, uses)
+    residuals = chosen.residuals(linear.volume)
+    return Samples(chosen.models, residuals, chosen.factors, job.device)
 
 
 # -------------------------------------------------------------------------- irem2021
@@ -287,8 +322,13 @@ def _voxels(prepared: Prepared, uses: list[np.ndarray]) -> tuple[np.ndarray, np.
 
 
 # --------------------------------------------------------------------------- quality
-def quality(prepared: Prepared, result: Fit, settings: Settings) -> dict[str, Any]:
-    """Metrics that need no truth.
+def quality(
+    prepared: Prepared,
+    result: Fit,
+    settings: Settings,
+    image: NDArray[np.float32] | None = None,
+) -> dict[str, Any]:
+    """Metrics that need no truth; ``image`` is :meth:`Fit.image`, made here if not given.
 
     ``held_out_psnr`` (dB, peak 1 = the percentile of the foreground that intensities are
     scaled to) and ``held_out_ncc``: prediction of the voxels that were never trained on.
@@ -299,12 +339,14 @@ def quality(prepared: Prepared, result: Fit, settings: Settings) -> dict[str, An
     acquired, predicted = [], []
     consistency, residual, turn, shift = {}, {}, {}, {}
     centre = _centre(prepared)
+    if image is None and result.method != "irem2021":
+        image = result.image()
     for stack, held in zip(prepared.stacks, prepared.held_out, strict=True):
-        image = result.predict(stack, settings)
+        seen = result.predict(stack, settings, image)
         acquired.append(stack.data[held])
-        predicted.append(image[held])
-        consistency[stack.label] = ncc(stack.data[stack.mask], image[stack.mask])
-        error = (stack.data - image)[stack.mask].astype(np.float64)
+        predicted.append(seen[held])
+        consistency[stack.label] = ncc(stack.data[stack.mask], seen[stack.mask])
+        error = (stack.data - seen)[stack.mask].astype(np.float64)
         residual[stack.label] = float(np.sqrt(np.mean(error**2)))
         vector = result.poses[stack.label].to_vector(centre)
         turn[stack.label] = float(np.rad2deg(np.linalg.norm(vector[:3])))

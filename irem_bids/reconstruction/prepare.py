@@ -158,6 +158,17 @@ def cropped(stack: Stack, margin: float) -> Stack:
     return replace(stack, data=stack.data[box], mask=stack.mask[box], grid=Grid(high - low, affine))
 
 
+def prepared_slices(acquired: Stack, prepared: Stack) -> dict[str, int]:
+    """Where the slices of a prepared stack lie: ``first`` of the ``acquired``, ``count``."""
+    axis = acquired.slice_axis
+    place = acquired.grid.to_index(prepared.grid.to_world(np.zeros(3)))
+    return {
+        "first": round(float(place[axis])),
+        "count": prepared.grid.shape[axis],
+        "acquired": acquired.grid.shape[axis],
+    }
+
+
 def _closed(mask: Mask, sizes: NDArray, radius: float) -> Mask:
     grown = ndimage.distance_transform_edt(~mask, sampling=sizes) <= radius
     # beyond the edge of the image counts as inside: a head that is cut stays whole at the cut

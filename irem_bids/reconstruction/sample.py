@@ -11,6 +11,18 @@ from .fields import Field
 from .geometry import Grid
 
 
+def evaluate(field: Field, points: NDArray[np.float64], *, chunk: int = 2**18) -> NDArray:
+    """The field (on any device) at points (N, 3), mm: (N,) float32, scaled intensity."""
+    tensors = [*field.parameters(), *field.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    values = np.empty(len(points), dtype=np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(points), chunk):
+            part = torch.from_numpy(points[start : start + chunk]).float().to(device)
+            values[start : start + len(part)] = field(part).cpu().numpy()
+    return values
+
+
 def sample(
     field: Field, grid: Grid, *, device: str = "cpu", chunk: int = 2**18
 ) -> NDArray[np.float32]:

@@ -6,27 +6,37 @@ This is ``srr``, and what ``irem`` stands on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, map_coordinates
 from torch import Tensor
 
 from ..settings import Settings
-from .acquisition import Receiver, StackModel, interpolation_matrix
+from . import trajectory
+from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
-from .linear import Prior, System, refine, solve
+from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
+from .refine import Freedom, refine, share_shading
+from .robust import slice_weights
+from .stack import Stack
 from .training import Progress
 
 STRENGTH = 0.13  # weight of total variation over the noise, both in scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
-COARSE = 2.0  # voxel of the first, coarse solution over the result's
+LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
+DECIDE = 2.0  # level at which the kind of motion is chosen
+BETTER = 0.95  # slices move if that brings the held-out error below this share
+SLICE_ROUNDS = {4.0: 8, 2.0: 8, 1.0: 2}
+FINE_ROUNDS = 3  # of stack poses on the result's grid
+WIDTH_ROUNDS = 3
+WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
 
 @dataclass(frozen=True)
@@ -67,58 +77,146 @@ class Job:
 
 
 @dataclass
+class State:
+    """The acquisition as known so far, stack by stack.
+
+    ``poses``: (K, 4, 4) per slice; ``slice_weights``: (K,); ``widths``: of the profile over
+    the assumed one; ``paths``: where slices move one by one.
+    """
+
+    poses: list[NDArray[np.float64]]
+    receivers: list[Receiver]
+    slice_weights: list[NDArray[np.float64]]
+    widths: list[float]
+    paths: list[trajectory.Path] | None = None
+
+    @classmethod
+    def registered(cls, prepared: Prepared) -> State:
+        """What registration left."""
+        counts = [s.grid.shape[s.slice_axis] for s in prepared.stacks]
+        return cls(
+            [
+                np.repeat(p.matrix[None], k, axis=0)
+                for p, k in zip(prepared.poses, counts, strict=True)
+            ],
+            [Receiver()] * len(counts),
+            [np.ones(k) for k in counts],
+            [1.0] * len(counts),
+        )
+
+    @classmethod
+    def of(cls, system: System, paths: list[trajectory.Path] | None) -> State:
+        """What a system holds."""
+        return cls(
+            [m.poses for m in system.models],
+            list(system.receivers),
+            [np.array(w) for w in system.slice_weights],
+            [m.width for m in system.models],
+            paths,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """JSON-safe; :meth:`restored` reads it."""
+        return {
+            "poses": [p.tolist() for p in self.poses],
+            "gains": [r.gain for r in self.receivers],
+            "bias": [r.bias.tolist() for r in self.receivers],
+            "slice_weights": [w.tolist() for w in self.slice_weights],
+            "widths": list(self.widths),
+        }
+
+    @classmethod
+    def restored(cls, record: dict[str, Any]) -> State:
+        """From :meth:`record`."""
+        pairs = zip(record["gains"], record["bias"], strict=True)
+        return cls(
+            [np.array(p) for p in record["poses"]],
+            [Receiver(gain, np.array(bias)) for gain, bias in pairs],
+            [np.array(w) for w in record["slice_weights"]],
+            [float(w) for w in record["widths"]],
+        )
+
+
+@dataclass
 class Linear:
-    """The profile-aware solution: volume (X, Y, Z), and the system that it solves."""
+    """The profile-aware solution: volume (X, Y, Z), the acquisition, and how it came about."""
 
     volume: Tensor
-    system: System
-    info: dict[str, Any]
+    state: State
+    info: dict[str, Any] = field(default_factory=dict)
 
 
-def build_system(
-    job: Job, grid: Grid, poses: list[RigidTransform], receivers: list[Receiver]
-) -> System:
-    """The stacks' linear models on ``grid``; voxels seen by no stack stay 0."""
-    prepared, kind = job.prepared, job.settings.acquisition.profile
-    models = [
-        StackModel(stack, use, grid, kind, job.device)
-        for stack, use in zip(prepared.stacks, job.uses, strict=True)
+def binned(
+    stack: Stack, use: NDArray[np.bool_], size: float
+) -> tuple[Stack, NDArray[np.bool_], NDArray[np.float32]]:
+    """The stack with in-plane voxels of about ``size`` mm: means over those in ``use``.
+
+    Returns the stack, the voxels that hold any, and how many each holds; slices stay.
+    """
+    factors = [
+        1 if a == stack.slice_axis else max(1, int(size / float(v) + 0.25))
+        for a, v in enumerate(stack.grid.voxel_size)
     ]
+    if max(factors) == 1:
+        return stack, use, use.astype(np.float32)
+    pads = [(0, -n % f) for n, f in zip(stack.grid.shape, factors, strict=True)]
+    weight = np.pad(use, pads).astype(np.float32)
+    total = np.pad(stack.data, pads) * weight
+    shape = [n for size_, f in zip(weight.shape, factors, strict=True) for n in (size_ // f, f)]
+    counts = weight.reshape(shape).sum(axis=(1, 3, 5))
+    data = total.reshape(shape).sum(axis=(1, 3, 5)) / np.maximum(counts, 1)
+    affine = np.array(stack.grid.affine)
+    affine[:3, 3] = stack.grid.to_world((np.array(factors) - 1) / 2.0)
+    affine[:3, :3] *= np.array(factors)
+    grid = Grid(data.shape, affine)
+    return replace(stack, data=data, mask=counts > 0, grid=grid), counts > 0, counts
+
+
+def build_system(job: Job, grid: Grid, state: State) -> System:
+    """The stacks' models on ``grid``, binned to its voxel; voxels seen by no stack stay 0."""
+    prepared, models = job.prepared, []
+    rows = zip(prepared.stacks, job.uses, state.poses, state.widths, strict=True)
+    for stack, use, poses, width in rows:
+        small, where, counts = binned(stack, use, float(grid.voxel_size[0]))
+        model = StackModel(small, where, grid, job.settings.acquisition, job.device, counts)
+        model.set_poses(poses, width)
+        models.append(model)
     noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
     variance = np.maximum(noise, 1e-4) ** 2
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
     system = System(
         models,
-        list(poses),
-        list(receivers),
+        list(state.receivers),
         [float(c) for c in confidence],
+        [np.array(w) for w in state.slice_weights],
         torch.empty(0),
         prepared.reference,
     )
-    system.place()
-    seen = torch.stack([model.coverage() for model in models]).sum(0)
-    system.domain = (seen > 1e-3).float().reshape(grid.shape)
+    seen = torch.zeros(grid.shape, device=job.device)
+    for model in models:
+        seen += model.adjoint(torch.ones_like(model.values))
+    system.domain = (seen > 1e-3).float()
     return system
 
 
 class Prediction:
-    """Chosen voxels of each stack, predicted with a system's poses and receivers."""
+    """Chosen voxels of each stack, as acquired and as predicted, on any grid."""
 
-    def __init__(self, job: Job, system: System, uses: Sequence[NDArray[np.bool_]]) -> None:
-        kind = job.settings.acquisition.profile
-        rows = zip(job.prepared.stacks, uses, system.poses, strict=True)
+    def __init__(self, job: Job, grid: Grid, state: State, uses: list[NDArray[np.bool_]]) -> None:
         self.models, self.factors = [], []
-        for (stack, use, pose), receiver in zip(rows, system.receivers, strict=True):
-            model = StackModel(stack, use, job.grid, kind, job.device)
-            model.set_pose(pose)
+        rows = zip(
+            job.prepared.stacks, uses, state.poses, state.widths, state.receivers, strict=True
+        )
+        for stack, use, poses, width, receiver in rows:
+            model = StackModel(stack, use, grid, job.settings.acquisition, job.device)
+            model.set_poses(poses, width)
             self.models.append(model)
             self.factors.append(receiver.factors(model.voxels).to(job.device))
 
     def residuals(self, volume: Tensor) -> list[Tensor]:
-        """Per stack: acquired minus predicted."""
-        flat = volume.reshape(-1)
+        """Per stack: acquired minus predicted, in the models' order of rows."""
         pairs = zip(self.models, self.factors, strict=True)
-        return [m.values - g * m.forward(flat) for m, g in pairs]
+        return [m.values - g * m.forward(volume) for m, g in pairs]
 
 
 def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
@@ -131,53 +229,176 @@ def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
 
 
 def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
-    """Coarse then fine; with ``refined``, poses and gains along with the image."""
-    options, prior = job.settings.srr, penalty_strength(job.prepared, job.settings)
-    coarse = job.grid.resampled(COARSE * float(job.grid.voxel_size[0]))
-    system = build_system(
-        job, coarse, list(job.prepared.poses), [Receiver()] * len(job.prepared.stacks)
-    )
-    start = torch.zeros(coarse.shape, device=job.device)
-    volume = solve(system, start, prior, iterations=20, reweightings=2)
-    progress(0.2, "coarse solution")
-    steps: list[float] = []
-    rounds = job.settings.irem.pose_rounds if refined else 0
-    if rounds:
-        volume, steps = refine(
+    """Coarse to fine; with ``refined``, the acquisition along with the image."""
+    return _Solver(job, refined, progress).run()
+
+
+class _Solver:
+    """The levels of one solution."""
+
+    def __init__(self, job: Job, refined: bool, progress: Progress) -> None:
+        self.job, self.refined, self.progress = job, refined, progress
+        self.prior = penalty_strength(job.prepared, job.settings)
+        self.state = State.registered(job.prepared)
+        self.volume: Tensor | None = None
+        self.grid = job.grid
+        options = job.settings.irem
+        self.motion = options.motion if refined else "stack"
+        self.trial: tuple[State, Tensor, Grid] | None = None
+        self.info: dict[str, Any] = {"penalty": asdict(self.prior), "pose_steps_mm": []}
+
+    def run(self) -> Linear:
+        """Every level, then the image at the acquisition that was found."""
+        voxel, options = float(self.job.grid.voxel_size[0]), self.job.settings.srr
+        levels = LEVELS if self.refined else LEVELS[1:]
+        for number, level in enumerate(levels):
+            grid = self.job.grid if level == 1 else self.job.grid.resampled(level * voxel)
+            self._enter(grid)
+            system, prior = build_system(self.job, grid, self.state), self.prior.on_grid(level)
+            start = self.volume
+            if start is None:
+                start = torch.zeros(grid.shape, device=self.job.device)
+            iterations, turns = (20, 2) if level > 1 else (10, 1)
+            if level > 1 or self.refined:
+                self.volume = solve(system, start, prior, iterations=iterations, reweightings=turns)
+            if self.refined:
+                system = self._refine(system, prior, level)
+            self.state = State.of(system, self.state.paths)
+            self.progress(0.6 * (number + 1) / len(levels), f"level {number + 1} of {len(levels)}")
+        self.volume = solve(
             system,
-            volume,
+            self._volume,
             prior,
-            rounds=rounds,
-            iterations=10,
-            reweightings=1,
-            progress=lambda f: progress(0.2 + 0.2 * f, "poses and gains"),
+            iterations=options.srr_iterations,
+            reweightings=options.srr_reweightings,
+            progress=lambda f: self.progress(0.6 + 0.4 * f, "image"),
         )
-    poses, receivers = system.poses, system.receivers
-    del system
-    volume = _carry(volume, coarse, job.grid)
-    system = build_system(job, job.grid, poses, receivers)
-    progress(0.5, "fine grid")
-    if rounds:
-        volume = solve(system, volume, prior, iterations=10, reweightings=1)
-        volume, more = refine(system, volume, prior, rounds=2, iterations=8, reweightings=1)
-        steps += more
-    volume = solve(
-        system,
-        volume,
-        prior,
-        iterations=options.srr_iterations,
-        reweightings=options.srr_reweightings,
-        progress=lambda f: progress(0.6 + 0.4 * f, "fine solution"),
-    )
-    return Linear(volume, system, {"penalty": asdict(prior), "pose_steps_mm": steps})
+        if self.refined:
+            self.volume = share_shading(system, self._volume)
+            self.state = State.of(system, self.state.paths)
+            self.info["motion"] = self.motion
+        return Linear(self._volume, self.state, self.info)
+
+    @property
+    def _volume(self) -> Tensor:
+        if self.volume is None:
+            raise RuntimeError("no level was solved yet")
+        return self.volume
+
+    def _enter(self, grid: Grid) -> None:
+        """Carry the volume to the next level's grid."""
+        if self.volume is not None:
+            self.volume = carry(self.volume, self.grid, grid)
+        self.grid = grid
+
+    def _refine(self, system: System, prior: Prior, level: float) -> System:
+        """Rounds of one level; at the second the kind of motion is chosen.
+
+        Until then both kinds go on side by side: a slice that moved far is found on the
+        coarsest grid, where the image is smooth.
+        """
+        free = Freedom(paths=self.state.paths)
+        if self.motion == "slice" and self.state.paths:
+            self._rounds(system, prior, free, SLICE_ROUNDS[level])
+        else:
+            rounds = self.job.settings.irem.pose_rounds if level > 1 else FINE_ROUNDS
+            self._rounds(system, prior, free, rounds)
+        if self.motion != "stack" and level >= DECIDE:
+            system = self._slices(system, prior, level)
+        if self.job.settings.acquisition.learn_width and level <= DECIDE:
+            # a strong penalty blurs the image, which then asks for too narrow a profile
+            light = replace(prior, weight=WIDTH_SHARE * prior.weight)
+            self._rounds(system, light, Freedom(width=True, paths=self.state.paths), WIDTH_ROUNDS)
+        return system
+
+    def _slices(self, system: System, prior: Prior, level: float) -> System:
+        """Go on with slices that move one by one; at ``DECIDE``, see whether they do."""
+        resting, volume = State.of(system, None), self._volume
+        if self.trial is None:
+            paths, moving = self._paths(system), system
+        else:
+            state, image, grid = self.trial
+            paths = state.paths or []
+            moving = build_system(self.job, self.grid, state)
+            start = carry(image, grid, self.grid)
+            self.volume = solve(moving, start, prior, iterations=10, reweightings=1)
+        self._rounds(moving, prior, Freedom(paths=paths), SLICE_ROUNDS[level])
+        self.trial = (State.of(moving, paths), self._volume, self.grid)
+        if level == DECIDE:
+            errors = {"slice": self._held_out(self.trial[0])}
+            self.volume, image = volume, self._volume
+            errors["stack"] = self._held_out(resting)
+            self.info["held_out_by_motion"] = errors
+            if self.motion == "slice" or errors["slice"] < BETTER * errors["stack"]:
+                self.motion, self.state, self.volume = "slice", self.trial[0], image
+                return moving
+            self.motion = "stack"
+        self.volume = volume
+        return build_system(self.job, self.grid, resting) if moving is system else system
+
+    def _rounds(self, system: System, prior: Prior, free: Freedom, rounds: int) -> None:
+        self.volume, steps = refine(
+            system, self._volume, prior, free, rounds=rounds, iterations=10, after=self._after(free)
+        )
+        self.info["pose_steps_mm"] += steps
+
+    def _after(self, free: Freedom) -> Callable[[System, list[Tensor]], None]:
+        def after(system: System, residuals: list[Tensor]) -> None:
+            for s, (model, residual) in enumerate(zip(system.models, residuals, strict=True)):
+                if self.job.settings.irem.robust:
+                    system.slice_weights[s] = slice_weights(model, residual)
+                if free.paths:
+                    weights = system.slice_weights[s]
+                    free.paths[s].adapt(_noise(model, residual, weights))
+
+        return after
+
+    def _paths(self, system: System) -> list[trajectory.Path]:
+        """Slices at rest, with the noise that the residuals show."""
+        residuals = system.residuals(self._volume)
+        return [
+            trajectory.Path(
+                np.zeros((model.slices, 6)),
+                trajectory.orders(model.slices),
+                _noise(model, residual, system.slice_weights[s]),
+                shares=_shares(model) if s == system.reference else None,
+                base=RigidTransform(model.poses[0]),
+            )
+            for s, (model, residual) in enumerate(zip(system.models, residuals, strict=True))
+        ]
+
+    def _held_out(self, state: State) -> float:
+        """Mean squared error of the held-out voxels, slices weighted as in the fit."""
+        held = Prediction(self.job, self.grid, state, list(self.job.prepared.held_out))
+        total, count = 0.0, 0.0
+        rows = zip(held.models, held.residuals(self._volume), state.slice_weights, strict=True)
+        for model, residual, weights in rows:
+            each = torch.from_numpy(weights[model.slice_of_row]).to(residual.device)
+            total += float((each * residual.double() ** 2).sum())
+            count += float(each.sum())
+        return total / max(count, 1.0)
 
 
-def _carry(volume: Tensor, coarse: Grid, fine: Grid) -> Tensor:
-    """A volume on a finer grid (trilinear), slab by slab."""
-    flat, out = volume.reshape(-1).cpu().numpy(), np.empty(fine.shape, dtype=np.float32)
-    plane = np.indices((1, *fine.shape[1:])).reshape(3, -1).T
+def _noise(model: StackModel, residual: Tensor, weights: NDArray[np.float64]) -> float:
+    """Variance of one acquired voxel's residual, over the sound slices."""
+    sums = slice_sums(model, torch.stack([model.counts * residual**2, residual * 0 + 1], 1))
+    total = weights @ sums.numpy()
+    return max(float(total[0]) / max(float(total[1]), 1.0), 1e-8)
+
+
+def _shares(model: StackModel) -> NDArray[np.float64]:
+    """(K,) share of the acquired voxels in each slice."""
+    counts = slice_sums(model, model.counts).numpy()
+    return np.asarray(counts / counts.sum())
+
+
+def carry(volume: Tensor, coarse: Grid, fine: Grid) -> Tensor:
+    """A volume on another grid (trilinear; nearest beyond the edge), slab by slab."""
+    data, out = volume.cpu().numpy(), np.empty(fine.shape, dtype=np.float32)
+    matrix = np.linalg.inv(coarse.affine) @ fine.affine
+    plane = np.indices((1, *fine.shape[1:])).reshape(3, -1)
     for x in range(fine.shape[0]):
-        index = coarse.to_index(fine.to_world(plane + np.array([x, 0, 0])))
-        index = np.clip(index, 0, np.array(coarse.shape) - 1.0001)
-        out[x] = (interpolation_matrix(index, coarse.shape) @ flat).reshape(fine.shape[1:])
+        index = matrix[:3, :3] @ (plane + np.array([[x], [0], [0]])) + matrix[:3, 3:]
+        slab = map_coordinates(data, index, order=1, mode="nearest", output=np.float32)
+        out[x] = slab.reshape(fine.shape[1:])
     return torch.from_numpy(out).to(volume.device)

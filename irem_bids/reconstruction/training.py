@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from ..settings import Settings
-from .acquisition import Quadrature, profile_nodes
+from .acquisition import Quadrature, StackModel, training_quadrature
 from .checkpoint import load_state, save_state
 from .fields import ResidualField
-from .geometry import RigidTransform
-from .stack import Mask, Stack
+from .stack import Stack
 
 Progress = Callable[[float, str], None]
 LOG_EVERY = 20  # steps
@@ -46,28 +45,26 @@ class Samples:
         (N,) index of the stack.
     factors
         (N,) gain times bias.
+    normals
+        (N, 3) the slices' normal in reference space, times the width of the profile over the
+        assumed one.
     """
 
     def __init__(
-        self,
-        stacks: list[Stack],
-        uses: list[Mask],
-        poses: list[RigidTransform],
-        residuals: list[Tensor],
-        factors: list[Tensor],
-        device: str,
+        self, models: list[StackModel], residuals: list[Tensor], factors: list[Tensor], device: str
     ) -> None:
-        centres, number = [], []
-        for index, (stack, use, pose) in enumerate(zip(stacks, uses, poses, strict=True)):
-            points = pose.apply(stack.grid.to_world(np.argwhere(use)))
-            centres.append(torch.from_numpy(points).float())
+        centres, normals, number = [], [], []
+        for index, model in enumerate(models):
+            points = model.voxels * np.float32(100.0) + model.grid.centre.astype(np.float32)
+            centres.append(torch.from_numpy(points))
+            along = model.poses[model.slice_of_row][:, :3, :3] @ model.normal * model.width
+            normals.append(torch.from_numpy(along.astype(np.float32)))
             number.append(torch.full((len(points),), index))
-        normals = [p.matrix[:3, :3] @ s.normal for s, p in zip(stacks, poses, strict=True)]
         self.centres = torch.cat(centres).to(device)
+        self.normals = torch.cat(normals).to(device)
         self.stack = torch.cat(number).to(device)
         self.targets = torch.cat(residuals).to(device)
         self.factors = torch.cat(factors).to(device)
-        self.normals = torch.from_numpy(np.stack(normals)).float().to(device)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -157,7 +154,7 @@ class Training:
     def predict(self, samples: Samples, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted residual (B,), learned residual (B, Q) and the points (B, Q, 3)."""
         which = samples.stack[batch]
-        along = self.offsets[which][:, :, None] * samples.normals[which][:, None, :]
+        along = self.offsets[which][:, :, None] * samples.normals[batch][:, None, :]
         points = samples.centres[batch][:, None, :] + along
         values = self.field.residual(points.reshape(-1, 3)).reshape(points.shape[:2])
         return samples.factors[batch] * (self.weights[which] * values).sum(1), values, points
@@ -235,8 +232,4 @@ def _stacked(rows: list[np.ndarray], device: str) -> Tensor:
 
 def quadratures(stacks: list[Stack], settings: Settings) -> list[Quadrature]:
     """One quadrature a stack, all with the same number of points."""
-    options = settings.acquisition
-    return [
-        profile_nodes(options.profile, stack.slice_thickness, options.profile_points)
-        for stack in stacks
-    ]
+    return [training_quadrature(settings.acquisition, stack.slice_thickness) for stack in stacks]

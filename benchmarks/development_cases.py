@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The development cases D1 to D5: simulated stacks, each method scored against the truth.
+
+SRR gets the weight of its penalty from the truth, irem does not.  One JSON for each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from simulated_head import machine, truth_volume
+
+from irem_bids.reconstruction.evaluation import evaluate, pose_errors
+from irem_bids.reconstruction.gauge import common_motion
+from irem_bids.reconstruction.geometry import Grid, RigidTransform
+from irem_bids.reconstruction.metrics import head_mask
+from irem_bids.reconstruction.optimise import Fit, fit, quality
+from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
+from irem_bids.reconstruction.protocol import Protocol
+from irem_bids.reconstruction.simulate import SimulatedStack, bias_field, simulate
+from irem_bids.settings import Settings
+
+MOTION = {"motion_degrees": 4.0, "motion_mm": 4.0, "gain": 0.08}
+STRENGTHS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)  # of SRR's penalty, over the automatic one
+T1W, T1W_COARSE = "studyforrest_res-1mm_T1w.nii.gz", "studyforrest_res-1p5mm_T1w.nii.gz"
+FLAIR = "flair_mni1mm.nii.gz"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A truth, what the scanner does to it, and the settings that belong to it."""
+
+    truth: str
+    protocol: Protocol
+    settings: dict[str, Any] = field(default_factory=dict)
+    lesions: bool = False
+
+
+CASES = {
+    "D1": Case(T1W, Protocol(thickness=4.0, bias=0.05, snr=40.0, **MOTION)),
+    "D2": Case(T1W, Protocol(thickness=4.0, profile="box", snr=40.0), {"profile": "box"}),
+    "D2-noise-free": Case(T1W, Protocol(thickness=4.0, profile="box"), {"profile": "box"}),
+    "D3": Case(
+        T1W,
+        Protocol(
+            thickness=4.0, bias=0.2, snr=30.0, slice_degrees=0.7, slice_mm=0.7, width_factor=1.25,
+            damaged=0.03, **MOTION,
+        ),
+        {"learn_width": True},
+    ),
+    "D3-nothing-wrong": Case(T1W, Protocol(thickness=4.0, snr=30.0, **MOTION)),
+    "D4": Case(FLAIR, Protocol(thickness=5.0, snr=40.0, **MOTION), lesions=True),
+    "D5": Case(T1W_COARSE, Protocol(thickness=6.0, snr=60.0, **MOTION)),
+}  # fmt: skip
+
+
+def settings_of(case: Case, extra: Sequence[str]) -> Settings:
+    """No N4: the simulated bias is a quadratic, which the receivers know."""
+    settings = Settings.from_dict({"normalise": {"n4": False}, "acquisition": case.settings})
+    for word in extra:
+        name, value = word.split("=")
+        section, key = name.split(".")
+        settings = settings.updated({section: {key: json.loads(value)}})
+    return settings
+
+
+def plant(volume: np.ndarray, grid: Grid, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Spheres of 3, 4 and 6 mm, 30 % brighter or darker, where the head is even."""
+    from scipy.ndimage import binary_erosion, gaussian_filter
+
+    random = np.random.default_rng(seed + 100)
+    smooth = gaussian_filter(volume, 2.0)
+    uneven = np.sqrt(np.maximum(gaussian_filter(volume**2, 2.0) - smooth**2, 0)) / (smooth + 1)
+    inner = binary_erosion(head_mask(volume), iterations=12)
+    inner &= uneven < np.quantile(uneven[inner], 0.35)
+    where, out, planted = np.argwhere(inner), volume.copy(), []
+    points = grid.to_world(np.indices(volume.shape).reshape(3, -1).T).reshape(*volume.shape, 3)
+    for diameter in (3.0, 4.0, 6.0):
+        for sign in (1, -1) * 8:
+            while True:
+                centre = grid.to_world(where[random.integers(len(where))])
+                if all(np.linalg.norm(centre - p["centre"]) > 14 for p in planted):
+                    break
+            # a smooth edge of half a voxel on either side
+            distance = np.linalg.norm(points - centre, axis=-1)
+            inside = np.clip(diameter / 2 - distance + 0.5, 0, 1)
+            out *= (1 + 0.3 * sign * inside).astype(np.float32)
+            planted.append({"centre": centre.tolist(), "diameter": diameter, "sign": sign})
+    return out, planted
+
+
+def lesion_contrast(
+    found: np.ndarray, truth: np.ndarray, clean: np.ndarray, lesions: list[dict], grid: Grid
+) -> dict[str, float]:
+    """Per diameter, the slope of recovered against true change in the spots (through 0).
+
+    The change is taken against the surroundings, a shell of 2 to 4 mm about each.
+    """
+    out: dict[str, list[tuple[float, float]]] = {}
+    points = grid.to_world(np.indices(truth.shape).reshape(3, -1).T).reshape(*truth.shape, 3)
+    for one in lesions:
+        distance = np.linalg.norm(points - one["centre"], axis=-1)
+        radius = one["diameter"] / 2
+        core, shell = distance <= radius, (distance > radius + 2) & (distance <= radius + 4)
+        true = (truth - clean)[core].mean()
+        seen = (found - clean)[core].mean() - (found - clean)[shell].mean()
+        out.setdefault(f"{one['diameter']:g} mm", []).append((float(true), float(seen)))
+    return {
+        name: float(np.dot(*np.array(rows).T) / np.dot(np.array(rows)[:, 0], np.array(rows)[:, 0]))
+        for name, rows in out.items()
+    }
+
+
+def slice_errors(
+    prepared: Prepared, found: Fit, simulated: list[SimulatedStack]
+) -> dict[str, float]:
+    """Distance (mm) of the head's voxels from where they belong, per slice, one motion removed."""
+    moved, target, which = [], [], []
+    number = 0
+    for stack, one in zip(prepared.stacks, simulated, strict=True):
+        first = prepared_slices(one.stack, stack)["first"]
+        poses = found.slice_poses.get(stack.label)
+        voxels = np.argwhere(stack.mask)
+        for k in np.unique(voxels[:, stack.slice_axis]):
+            points = stack.grid.to_world(voxels[voxels[:, stack.slice_axis] == k][::7])
+            pose = RigidTransform(poses[k]) if poses is not None else found.poses[stack.label]
+            moved.append(pose.apply(points))
+            target.append(one.draw.slice_pose(first + int(k)).apply(points))
+            which += [number] * len(points)
+            number += 1
+    a, b = np.concatenate(moved), np.concatenate(target)
+    away = np.linalg.norm(common_motion(a, b).apply(a) - b, axis=1)
+    each = np.bincount(which, away) / np.bincount(which)
+    middle, high = np.quantile(each, [0.5, 0.95])
+    return {"mean": float(each.mean()), "median": float(middle), "p95": float(high)}
+
+
+def damage_weights(prepared: Prepared, found: Fit, simulated: list[SimulatedStack]) -> dict:
+    """Weights of damaged slices, and of the others."""
+    bad, sound = [], []
+    for stack, one in zip(prepared.stacks, simulated, strict=True):
+        first = prepared_slices(one.stack, stack)["first"]
+        broken = {d.slice for d in one.draw.damage}
+        for k, weight in enumerate(found.slice_weights.get(stack.label, [])):
+            (bad if first + k in broken else sound).append(float(weight))
+    return {
+        "damaged": sorted(round(w, 4) for w in bad),
+        "largest_damaged": max(bad, default=None),
+        "smallest_sound": min(sound, default=None),
+    }
+
+
+def gain_errors(
+    prepared: Prepared, found: Fit, simulated: list[SimulatedStack], bias: float
+) -> list[float]:
+    """Relative error of each stack's mean receiver over the head, against the reference's."""
+    true, seen = [], []
+    for stack, one in zip(prepared.stacks, simulated, strict=True):
+        mask = stack.mask
+        place = one.stack.grid.to_index(stack.grid.to_world(np.argwhere(mask)))
+        whole = bias_field(one.draw, bias)
+        at = tuple(np.rint(place).astype(int).T)
+        divided = np.median(one.stack.data[at] / np.maximum(stack.data[mask], 1e-6))
+        true.append(one.draw.gain * float(whole[at].mean()) / divided)
+        image = found.receivers[stack.label].image(
+            stack.grid, found.poses[stack.label], found.grid.centre
+        )
+        seen.append(float(image[mask].mean()))
+    r = prepared.reference
+    ratio = np.array(seen) / seen[r] / (np.array(true) / true[r])
+    return [float(v - 1) for v in ratio]
+
+
+class Bench:
+    """One case and seed: simulated, prepared, and ready for methods."""
+
+    def __init__(self, name: str, seed: int, data: Path, options: argparse.Namespace) -> None:
+        case = CASES[name]
+        self.clean, self.grid = truth_volume(data / (options.truth or case.truth), options.crop)
+        self.volume, self.lesions = self.clean, []
+        if case.lesions:
+            self.volume, self.lesions = plant(self.clean, self.grid, seed)
+        changes = json.loads(options.protocol)
+        self.protocol = replace(case.protocol, seed=seed, **changes)
+        self.simulated = simulate(self.volume, self.grid, self.protocol, threads=2)
+        self.settings = settings_of(case, options.set)
+        started, cpu = time.monotonic(), time.process_time()
+        self.prepared = prepare([s.stack for s in self.simulated], self.settings, threads=2)
+        self.seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu}
+        self.target = output_grid(self.prepared, self.settings.output)
+        self.mask = head_mask(self.volume)
+
+    def run(self, method: str, settings: Settings) -> dict[str, Any]:
+        """Fit and score a method."""
+        started, cpu = time.monotonic(), time.process_time()
+        found = fit(method, self.prepared, self.target, settings)
+        seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu}
+        image = found.image()
+        scores = evaluate((image, found.grid), (self.volume, self.grid), self.mask, threads=2)
+        true = {s.draw.label: s.pose for s in self.simulated}
+        measured = quality(self.prepared, found, settings)
+        out: dict[str, Any] = {
+            "psnr": scores.psnr,
+            "ssim": scores.ssim,
+            "held_out_psnr": measured["held_out_psnr"],
+            "penalty": found.info.get("penalty"),
+            "motion": found.info.get("motion"),
+            "held_out_by_motion": found.info.get("held_out_by_motion"),
+            "seconds": seconds,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        if not found.slice_poses:
+            errors = pose_errors(found.poses, true, self.mask, self.grid)
+            out["target_registration_error_mm"] = errors
+        if self.protocol.slice_mm or found.slice_poses:
+            out["slice_error_mm"] = slice_errors(self.prepared, found, self.simulated)
+        if found.slice_weights:
+            out["weights"] = damage_weights(self.prepared, found, self.simulated)
+            out["widths"] = found.widths
+            out["gain_errors"] = gain_errors(
+                self.prepared, found, self.simulated, self.protocol.bias
+            )
+        if self.lesions:
+            from irem_bids.reconstruction.gauge import gauge
+
+            fitted = gauge(image, found.grid, self.volume, self.grid, self.mask, threads=2)
+            out["contrast"] = lesion_contrast(
+                fitted.volume, self.volume, self.clean, self.lesions, self.grid
+            )
+        return out
+
+
+def best_srr(bench: Bench, strengths: Sequence[float]) -> dict[str, Any]:
+    """SRR at the strength that the truth likes best; every strength's PSNR beside it."""
+    automatic = bench.run("srr", bench.settings)
+    weight = automatic["penalty"]["weight"]
+    table = {1.0: automatic}
+    for strength in strengths:
+        if strength != 1.0:
+            settings = bench.settings.updated({"srr": {"srr_lambda": weight * strength}})
+            table[strength] = bench.run("srr", settings)
+    best = max(table, key=lambda s: table[s]["psnr"])
+    return {
+        **table[best],
+        "strength": best,
+        "psnr_by_strength": {f"{s:g}": table[s]["psnr"] for s in sorted(table)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder with the truths")
+    parser.add_argument("result", type=Path, help="JSON to write")
+    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", default=["bspline", "srr", "irem"])
+    parser.add_argument("--strengths", type=float, nargs="*", default=list(STRENGTHS))
+    parser.add_argument("--truth", help="another truth of the folder")
+    parser.add_argument("--crop", type=float, help="middle of the truth, mm")
+    parser.add_argument("--protocol", default="{}", help="changes of the protocol, JSON")
+    parser.add_argument("--set", nargs="*", default=[], help="section.option=JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    record: dict[str, Any] = {
+        "command": ["python", "benchmarks/development_cases.py", "DATA", "RESULT", *sys.argv[3:]],
+        "machine": machine(),
+        "case": options.case,
+        "seeds": {},
+    }
+    for seed in options.seeds:
+        bench = Bench(options.case, seed, options.data, options)
+        row: dict[str, Any] = {"protocol": vars(bench.protocol), "prepare_seconds": bench.seconds}
+        for method in options.methods:
+            if method == "srr" and options.strengths:
+                row[method] = best_srr(bench, options.strengths)
+            else:
+                row[method] = bench.run(method, bench.settings)
+            brief = {k: v for k, v in row[method].items() if k not in ("penalty",)}
+            print(options.case, seed, method, json.dumps(brief), flush=True)
+        record["seeds"][str(seed)] = row
+        options.result.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

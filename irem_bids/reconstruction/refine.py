@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image and acquisition together: poses of stacks or slices, gain, bias, width of the profile.
+
+Each round linearises what is free about the present volume,
+
+    r_s  ~  y_s - G_s A_s x - D_s theta_s,
+
+solves for the image with theta eliminated (variable projection, Golub and Pereyra 1973: the
+residuals count by M = W - W D H^-1 D^T W with H = D^T W D + L), then takes the step theta that
+the remaining residual asks for.  L is the prior of the slices' path (:mod:`.trajectory`).
+
+Gauge: the reference stack's pose, gain and bias stay fixed while the others move, and the mean
+motion of its slices is 0; in the end the shading is shared out (:func:`share_shading`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .acquisition import Receiver
+from .geometry import RigidTransform
+from .linear import Metric, Prior, System, solve
+from .trajectory import Path
+
+LEVER = 50.0  # mm from the pivot at which a rotation's size is measured
+LARGEST = 5.0  # mm: a linearisation holds for about a voxel, so a step goes no further
+WIDTHS = (0.6, 1.7)  # bounds of the width of the profile over the assumed one
+RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What of the acquisition is refined beside the image.
+
+    ``paths``: per stack the prior of its slices' motion, where slices move one by one.
+    """
+
+    receiver: bool = True
+    width: bool = False
+    paths: Sequence[Path] | None = None
+
+
+class _Linearised:
+    """D, H and L theta_0 of one stack about a volume."""
+
+    def __init__(self, system: System, s: int, volume: Tensor, weight: Tensor, free: Freedom):
+        model, receiver = system.models[s], system.receivers[s]
+        self.model, self.weight = model, weight
+        self.path = free.paths[s] if free.paths else None
+        factor = receiver.factors(model.voxels).to(model.device)
+        columns: list[Tensor] = []
+        self.names: list[tuple[str, int]] = []
+        moving = free.width or s != system.reference or self.path is not None
+        found: Tensor | None = None
+        if moving:
+            found = model.derivatives(volume) * factor[:, None]
+        self.local: Tensor | None = None
+        if found is not None and self.path is not None:
+            self.local = found[:, :6].contiguous()
+        if found is not None and self.path is None and s != system.reference:
+            self._add("pose", found[:, :6], columns)
+        if free.receiver and s != system.reference:
+            predicted = (factor * model.forward(volume))[:, None]
+            terms = Receiver.terms(model.voxels).to(model.device)
+            self._add("gain", predicted, columns)
+            self._add("bias", predicted * terms, columns)
+        if free.width and found is not None:
+            self._add("width", found[:, 6:7] * model.width, columns)
+        rows = len(model.values)
+        empty = torch.zeros((rows, 0), device=model.device)
+        self.shared = torch.cat(columns, dim=1) if columns else empty
+        self.curvature()
+
+    def _add(self, name: str, columns: Tensor, into: list[Tensor]) -> None:
+        into.append(columns)
+        self.names.append((name, columns.shape[1]))
+
+    @property
+    def free(self) -> bool:
+        """Whether anything of the stack is refined."""
+        return self.local is not None or self.shared.shape[1] > 0
+
+    def curvature(self) -> None:
+        """H^-1 and L theta_0; the slices' unknowns come first, six a slice."""
+        model, m = self.model, self.shared.shape[1]
+        slices = 6 * model.slices if self.local is not None else 0
+        full = np.zeros((slices + m, slices + m))
+        self.pull = np.zeros(slices + m)
+        weighted = self.weight[:, None] * self.shared
+        full[slices:, slices:] = (self.shared.T.double() @ weighted.double()).cpu().numpy()
+        if self.local is not None and self.path is not None:
+            for k in range(model.slices):
+                part = slice(int(model.starts[k]), int(model.starts[k + 1]))
+                block = self.local[part].double()
+                own = (block.T @ (self.weight[part, None] * block)).cpu().numpy()
+                cross = (block.T @ weighted[part].double()).cpu().numpy()
+                at = slice(6 * k, 6 * k + 6)
+                full[at, at] = own
+                full[at, slices:], full[slices:, at] = cross, cross.T
+            prior = self.path.precision()
+            full[:slices, :slices] += prior
+            self.pull[:slices] = prior @ self.path.motion.ravel()
+        size = np.sqrt(np.maximum(np.diag(full), 1e-12))
+        scaled = full / size[:, None] / size[None, :] + RIDGE * np.eye(len(full))
+        self.inverse = np.linalg.inv(scaled) / size[:, None] / size[None, :]
+
+    def project(self, values: Tensor) -> NDArray[np.float64]:
+        """D^T values, float64."""
+        shared = (self.shared.T @ values).double().cpu().numpy()
+        if self.local is None:
+            return np.asarray(shared)
+        starts = self.model.starts
+        parts = [
+            self.local[starts[k] : starts[k + 1]].T @ values[starts[k] : starts[k + 1]]
+            for k in range(self.model.slices)
+        ]
+        return np.concatenate([torch.cat(parts).double().cpu().numpy(), shared])
+
+    def expand(self, theta: NDArray[np.float64]) -> Tensor:
+        """D theta."""
+        device, model = self.weight.device, self.model
+        numbers = torch.from_numpy(theta).float().to(device)
+        slices = 6 * model.slices if self.local is not None else 0
+        out = self.shared @ numbers[slices:]
+        if self.local is not None:
+            each = numbers[:slices].reshape(-1, 6)
+            for k in range(model.slices):
+                part = slice(int(model.starts[k]), int(model.starts[k + 1]))
+                out[part] += self.local[part] @ each[k]
+        return out
+
+    def metric(self) -> Metric:
+        """The residuals' metric with theta eliminated."""
+        if not self.free:
+            return Metric(lambda r: self.weight * r)
+
+        def apply(residual: Tensor) -> Tensor:
+            weighted = self.weight * residual
+            theta = self.inverse @ self.project(weighted)
+            return weighted - self.weight * self.expand(theta)
+
+        offset = None
+        if self.local is not None:
+            offset = self.weight * self.expand(self.inverse @ self.pull)
+        return Metric(apply, offset)
+
+    def step(self, residual: Tensor) -> NDArray[np.float64]:
+        """theta for a residual."""
+        return np.asarray(self.inverse @ (self.project(self.weight * residual) - self.pull))
+
+
+def refine(
+    system: System,
+    start: Tensor,
+    prior: Prior,
+    freedom: Freedom,
+    *,
+    rounds: int,
+    iterations: int,
+    after: Callable[[System, list[Tensor]], None] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Tensor, list[float]]:
+    """Image and acquisition by Gauss-Newton rounds; changes ``system`` in place.
+
+    ``after`` sees the system and the residuals (before the step) of each round: robust weights.
+    Returns the volume and the largest step of each round (mm, 50 mm from the centre).
+    """
+    volume, steps = start, []
+    for turn in range(rounds):
+        parts = [
+            _Linearised(system, s, volume, weight, freedom)
+            for s, weight in enumerate(system.weights())
+        ]
+        volume = solve(
+            system,
+            volume,
+            prior,
+            iterations=iterations,
+            reweightings=1,
+            metrics=[part.metric() for part in parts],
+        )
+        residuals = system.residuals(volume)
+        sizes = [
+            _take(system, s, part, part.step(r))
+            for s, (part, r) in enumerate(zip(parts, residuals, strict=True))
+            if part.free
+        ]
+        steps.append(max(sizes, default=0.0))
+        if after:
+            after(system, residuals)
+        if progress:
+            progress((turn + 1) / rounds)
+    return volume, steps
+
+
+def _take(system: System, s: int, part: _Linearised, theta: NDArray[np.float64]) -> float:
+    """Take the step of a stack; returns the largest motion in mm."""
+    model, largest = system.models[s], 0.0
+    poses, width = model.poses, model.width
+    at = 0
+    if part.local is not None and part.path is not None:
+        each = np.stack([_bounded(v) for v in theta[: 6 * model.slices].reshape(-1, 6)])
+        moves = [RigidTransform.from_vector(v, model.pivot).matrix for v in each]
+        poses = np.stack(moves) @ poses
+        part.path.follow(poses, model.pivot)
+        largest, at = float(_sizes(each).max()), 6 * model.slices
+    receiver = system.receivers[s]
+    for name, count in part.names:
+        values, at = theta[at : at + count], at + count
+        if name == "pose":
+            largest = float(_sizes(values[None])[0])
+            moved = RigidTransform.from_vector(_bounded(values), model.pivot)
+            poses = moved.matrix @ poses
+        elif name == "gain":
+            gain = receiver.gain * float(np.clip(1.0 + values[0], 0.5, 2.0))
+            receiver = replace(receiver, gain=gain)
+        elif name == "bias":
+            receiver = replace(receiver, bias=np.clip(receiver.bias + values, -1.0, 1.0))
+        elif name == "width":
+            width = float(np.clip(width * (1.0 + np.clip(values[0], -0.2, 0.2)), *WIDTHS))
+    system.receivers[s] = receiver
+    model.set_poses(poses, width)
+    return largest
+
+
+def _sizes(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K,) size of motions (K, 6) in mm."""
+    return np.asarray(
+        np.linalg.norm(vectors[:, :3], axis=1) * LEVER + np.linalg.norm(vectors[:, 3:], axis=1)
+    )
+
+
+def _bounded(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    size = float(_sizes(vector[None])[0])
+    return vector if size <= LARGEST else vector * (LARGEST / size)
+
+
+def share_shading(system: System, volume: Tensor) -> Tensor:
+    """Make the geometric mean of the stacks' bias fields 1; returns the volume that goes with it.
+
+    While the others were refined, the reference, without bias, held the head's shading.
+    """
+    mean = np.mean([r.bias for r in system.receivers], axis=0)
+    system.receivers = [replace(r, bias=r.bias - mean) for r in system.receivers]
+    grid = system.grid
+    shading = Receiver(bias=mean).image(grid, RigidTransform(), grid.centre)
+    return volume * torch.from_numpy(shading).to(volume.device)

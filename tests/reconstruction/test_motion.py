@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices that moved one by one, bad slices and a wrong profile, on a phantom."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from irem_bids.reconstruction.gauge import common_motion
+from irem_bids.reconstruction.geometry import Grid, RigidTransform, mean_pose
+from irem_bids.reconstruction.linear import Metric
+from irem_bids.reconstruction.optimise import Fit, fit, quality
+from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
+from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, simulate
+from irem_bids.reconstruction.trajectory import MISFIT, Path, orders
+from irem_bids.settings import Settings
+from tests.phantom import head
+
+SETTINGS = Settings.from_dict({"normalise": {"n4": False}, "irem": {"epochs": 0.0}})
+PROTOCOL = Protocol(
+    thickness=4.0, slice_degrees=0.7, slice_mm=0.7, damaged=0.04, gain=0.05, snr=60, seed=5,
+    margin=6.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def simulated() -> list[SimulatedStack]:
+    return simulate(*head((64, 70, 60), 1.5), PROTOCOL, threads=2)
+
+
+@pytest.fixture(scope="module")
+def prepared(simulated: list[SimulatedStack]) -> Prepared:
+    return prepare([s.stack for s in simulated], SETTINGS, threads=2)
+
+
+@pytest.fixture(scope="module")
+def moving(prepared: Prepared) -> Fit:
+    return fit("irem", prepared, output_grid(prepared, SETTINGS.output), SETTINGS)
+
+
+def mean_error(prepared: Prepared, simulated: list[SimulatedStack], found: Fit) -> float:
+    """Mean distance of the head's voxels from where they belong, mm, one motion removed."""
+    moved, target = [], []
+    for stack, one in zip(prepared.stacks, simulated, strict=True):
+        first = prepared_slices(one.stack, stack)["first"]
+        voxels = np.argwhere(stack.mask)[::11]
+        for k in np.unique(voxels[:, stack.slice_axis]):
+            points = stack.grid.to_world(voxels[voxels[:, stack.slice_axis] == k])
+            poses = found.slice_poses.get(stack.label)
+            pose = found.poses[stack.label] if poses is None else RigidTransform(poses[k])
+            moved.append(pose.apply(points))
+            target.append(one.draw.slice_pose(first + int(k)).apply(points))
+    a, b = np.concatenate(moved), np.concatenate(target)
+    return float(np.linalg.norm(common_motion(a, b).apply(a) - b, axis=1).mean())
+
+
+def test_auto_finds_that_slices_moved_and_where(
+    prepared: Prepared, simulated: list[SimulatedStack], moving: Fit
+) -> None:
+    grid = output_grid(prepared, SETTINGS.output)
+    still = fit("irem", prepared, grid, SETTINGS.updated({"irem": {"motion": "stack"}}))
+    assert moving.info["motion"] == "slice"
+    assert still.info["motion"] == "stack"
+    assert not still.slice_poses
+    before, after = (mean_error(prepared, simulated, f) for f in (still, moving))
+    assert before > 1.0
+    assert after < 0.5
+    scores = [quality(prepared, f, SETTINGS)["held_out_psnr"] for f in (still, moving)]
+    assert scores[1] > scores[0] + 3
+
+
+def test_damaged_slices_count_little_and_no_other_is_lost(
+    prepared: Prepared, simulated: list[SimulatedStack], moving: Fit
+) -> None:
+    bad, sound = [], []
+    for stack, one in zip(prepared.stacks, simulated, strict=True):
+        first = prepared_slices(one.stack, stack)["first"]
+        broken = {d.slice for d in one.draw.damage}
+        for k, weight in enumerate(moving.slice_weights[stack.label]):
+            (bad if k + first in broken else sound).append(weight)
+    assert len(bad) >= 3
+    assert max(bad) < 0.3
+    assert min(sound) > 0.8
+
+
+def test_the_reference_holds_the_common_motion(prepared: Prepared, moving: Fit) -> None:
+    vector = moving.poses[prepared.stacks[prepared.reference].label].to_vector(moving.grid.centre)
+    assert np.rad2deg(np.linalg.norm(vector[:3])) < 0.3
+    assert np.linalg.norm(vector[3:]) < 0.3
+
+
+def test_motion_is_recorded_beyond_the_stacks_pose(prepared: Prepared, moving: Fit) -> None:
+    record = moving.record()
+    for stack in prepared.stacks:
+        poses, rows = moving.slice_poses[stack.label], record["slice_motion"][stack.label]
+        assert len(rows) == stack.grid.shape[stack.slice_axis]
+        for pose, row in zip(poses, rows, strict=True):
+            motion = RigidTransform.from_vector(row, record["slice_pivot"])
+            assert np.allclose((motion @ moving.poses[stack.label]).matrix, pose, atol=1e-8)
+
+
+def test_still_stacks_stay_stacks() -> None:
+    stacks = simulate(*head((40, 44, 36), 2.0), Protocol(thickness=6.0, snr=60, seed=7, margin=6.0))
+    made = prepare([s.stack for s in stacks], SETTINGS)
+    found = fit("irem", made, output_grid(made, SETTINGS.output), SETTINGS)
+    assert found.info["motion"] == "stack"
+    assert min(min(w) for w in found.slice_weights.values()) > 0.8
+
+
+def test_width_of_the_profile_is_learned() -> None:
+    protocol = Protocol(thickness=4.0, width_factor=1.25, snr=80, seed=2, margin=6.0)
+    stacks = simulate(*head((64, 70, 60), 1.5), protocol, threads=2)
+    options = SETTINGS.updated({"acquisition": {"learn_width": True}, "irem": {"motion": "stack"}})
+    made = prepare([s.stack for s in stacks], options)
+    found = fit("irem", made, output_grid(made, options.output), options)
+    assert np.allclose(list(found.widths.values()), 1.25, rtol=0.1)
+
+
+def test_precision_is_the_walks_inverse_covariance() -> None:
+    """Against the covariance of a walk with an anchor, by brute force."""
+    path = Path(np.zeros((5, 6)), {"given": np.array([0, 2, 4, 1, 3])}, noise=0.1, step=(0.4, 0.7))
+    found = path.precision()
+    assert np.allclose(found, found.T)
+    random = np.random.default_rng(0)
+    motion = random.normal(size=(5, 6))
+    scale = np.repeat([np.deg2rad(1.0), 1.0], 3)
+    steps = np.diff(motion[[0, 2, 4, 1, 3]] / scale, axis=0) / np.repeat([0.4, 0.7], 3)
+    anchor = motion / scale / 5.0
+    cost = 0.1 * MISFIT * ((steps**2).sum() + (anchor**2).sum())
+    assert motion.ravel() @ found @ motion.ravel() == pytest.approx(cost)
+
+
+def test_order_of_acquisition_is_told_from_the_path() -> None:
+    random = np.random.default_rng(3)
+    for name, order in orders(30).items():
+        motion = np.empty((30, 6))
+        motion[order] = np.cumsum(random.normal(0, 0.7, (30, 6)), axis=0)
+        motion[:, :3] = np.deg2rad(motion[:, :3])
+        path = Path(motion, orders(30), noise=1.0)
+        path.adapt(1.0)
+        assert path.order == name
+        assert path.step == pytest.approx((0.7, 0.7), rel=0.35)
+    assert list(orders(4, np.array([0.0, 2.0, 1.0, 3.0]))["SliceTiming"]) == [0, 2, 1, 3]
+
+
+def test_metric_is_the_quadratic_form_it_says() -> None:
+    metric = Metric(lambda r: 2 * r, offset=torch.tensor([1.0, -1.0]))
+    assert metric.target(torch.tensor([1.0, 1.0])).tolist() == [3.0, 1.0]
+
+
+def test_mean_pose_against_scipy() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(0, 0.2, (6, 6))
+    poses = np.stack([RigidTransform.from_vector(v).matrix for v in vectors])
+    weights = random.random(6)
+    centre = np.array([3.0, -2.0, 5.0])
+    found = mean_pose(poses, centre, weights)
+    expected = Rotation.from_matrix(poses[:, :3, :3]).mean(weights)
+    assert np.allclose(found.matrix[:3, :3], expected.as_matrix(), atol=1e-6)
+    moved = poses[:, :3, :3] @ centre + poses[:, :3, 3]
+    assert np.allclose(found.apply(centre), np.average(moved, axis=0, weights=weights))
+
+
+def test_slices_of_a_cropped_stack_are_found(simulated: list[SimulatedStack]) -> None:
+    stack = simulated[0].stack
+    affine = np.array(stack.grid.affine)
+    affine[:3, 3] = stack.grid.to_world([2, 1, 3])
+    shape = (stack.grid.shape[0] - 4, stack.grid.shape[1] - 4, stack.grid.shape[2] - 5)
+    small = stack.with_data(stack.data)
+    object.__setattr__(small, "grid", Grid(shape, affine))
+    found = prepared_slices(stack, small)
+    assert found == {"first": 3, "count": shape[2], "acquired": stack.grid.shape[2]}
