@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ..reconstruction.stack import Stack
 from .finding import Finding, listed
 from .material import GroupLike, Material, MethodResult
-from .slices import bad_slices, fit_slices
+from .slices import bad_slices
 
 REFINED_MM = 2.5  # a method moved a stack so far from where registration had put it
 PARTNER_NCC = 0.1  # NCC of a stack with its partners below that of the other pairs
@@ -27,6 +28,8 @@ BRIGHTNESS_RANGE = (0.625, 1.6)  # brightness of a stack as acquired over the me
 THICKNESS_RANGE = (0.6, 1.35)  # slice thickness over slice spacing
 WIDTH_RANGE = (0.7, 1.4)  # width of the profile as found over the thickness as stated
 CUT_FRACTION = 0.15  # of the head's largest section lies on the edge of the field of view
+TISSUE = 0.2  # scaled intensity: brighter than air, whatever the noise
+EXPLAINED_NCC = 0.3  # so much less agreement can come from a bad slice alone
 
 _WORDS = {
     "axial": ("ax", "axi", "axial", "tra", "trans", "transverse", "transversal", "transaxial"),
@@ -127,7 +130,9 @@ def misregistered(material: Material) -> list[Finding]:
     prepared = material.prepared
     if prepared is None or len(prepared.stacks) < 2:
         return []
-    reasons = [*_lonely(prepared.metrics.get("ncc_pairs") or ()), *_moved_on(material)]
+    spoilt = {label for label, fit in material.slice_fits.items() if bad_slices(fit)}
+    pairs = prepared.metrics.get("ncc_pairs") or ()
+    reasons = [*_lonely(pairs, spoilt), *_moved_on(material)]
     text = (
         f"A stack is not where it belongs: {listed(reasons)}. Compare the pictures after "
         "registration; structures must not jump."
@@ -137,14 +142,18 @@ def misregistered(material: Material) -> list[Finding]:
     return [Finding("Misregistered stack", bool(reasons), text, "registration", "misregistered")]
 
 
-def _lonely(pairs: Any) -> list[str]:
-    """Stacks that agree much less with their partners than the partners with each other."""
+def _lonely(pairs: Any, spoilt: AbstractSet[str]) -> list[str]:
+    """Stacks that agree much less with their partners than the partners with each other.
+
+    A bad slice lowers the agreement, too, so ``spoilt`` stacks need stronger evidence.
+    """
     names = sorted({name for p in pairs for name in (p["a"], p["b"])})
     found = []
     for name in names:
         own = [p["after"] for p in pairs if name in (p["a"], p["b"])]
         others = [p["after"] for p in pairs if name not in (p["a"], p["b"])]
-        if others and np.median(own) < np.median(others) - PARTNER_NCC:
+        limit = EXPLAINED_NCC if name in spoilt else PARTNER_NCC
+        if others and np.median(own) < np.median(others) - limit:
             found.append(
                 (
                     float(np.median(others) - np.median(own)),
@@ -184,7 +193,7 @@ def _points(stack: Stack) -> NDArray[np.float64]:
 # ----------------------------------------------------------------------------- slices
 def slices(material: Material) -> list[Finding]:
     """Slices that disagree with the result: dropped, torn, moved, or weighted down."""
-    fits = fit_slices(material)
+    fits = material.slice_fits
     if not fits:
         return []
     reasons = []
@@ -294,8 +303,9 @@ def cut_faces(stack: Stack) -> dict[str, float]:
     """Side of the patient to the fraction of the largest section that lies on that edge."""
     sides = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
     found = {}
+    bright = stack.mask & (stack.data > TISSUE)  # the mask itself reaches into the air
     for axis in range(3):
-        planes = np.moveaxis(stack.mask, axis, 0)
+        planes = np.moveaxis(bright, axis, 0)
         areas = planes.reshape(len(planes), -1).sum(axis=1)
         direction = stack.grid.directions[:, axis]
         world = int(np.argmax(np.abs(direction)))

@@ -23,6 +23,7 @@ from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..reconstruction.prepare import Prepared
+    from .slices import SliceFit
 
 LOG = logging.getLogger(__name__)
 
@@ -179,6 +180,13 @@ class Material:
         except Exception as error:  # the file may have changed since
             LOG.debug("the stacks as acquired cannot be compared: %s", error)
             return {}
+
+    @cached_property
+    def slice_fits(self) -> dict[str, SliceFit]:
+        """How each slice of each stack agrees with the result (:mod:`.slices`)."""
+        from .slices import fit_slices
+
+        return fit_slices(self)
 
     def problem(self, what: str, error: BaseException) -> None:
         """Remember that ``what`` could not be shown."""

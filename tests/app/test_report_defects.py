@@ -62,6 +62,17 @@ def test_dropped_slice_is_named(tmp_path):
     assert "coronal1: slice 5 (signal dropped to 2" in found["slice"]
 
 
+def test_a_bad_slice_is_not_taken_for_a_misregistration(tmp_path):
+    ready = prepared()
+    data = ready.stacks[1].data.copy()
+    data[:, 5] *= 0.2
+    pairs = [dict(p) for p in ready.metrics["ncc_pairs"]]
+    for pair, after in zip(pairs, (0.78, 0.93, 0.75), strict=True):
+        pair.update(before=0.6, after=after)
+    ready = replace(ready, metrics={**ready.metrics, "ncc_pairs": pairs})
+    assert set(causes(make_input(tmp_path / "w", with_stack(ready, 1, data)))) == {"slice"}
+
+
 def test_torn_slice_is_named(tmp_path):
     ready = prepared()
     data = ready.stacks[0].data.copy()
@@ -174,13 +185,14 @@ def test_a_cut_head_is_named_with_its_side(tmp_path):
     ready = prepared()
     stacks = list(ready.stacks)
     mask = stacks[0].mask.copy()
-    mask[:6] = mask[20]
-    stacks[0] = replace(stacks[0], mask=mask)
+    data = stacks[0].data.copy()
+    mask[:6], data[:6] = mask[20], data[20]
+    stacks[0] = replace(stacks[0], mask=mask, data=data)
     found = causes(make_input(tmp_path / "w", replace(ready, stacks=tuple(stacks))))
     assert "axial1 (left)" in found["field of view"]
     below = np.zeros_like(mask)
     below[5:35, 5:35, :8] = True
-    low = replace(ready.stacks[0], mask=below)
+    low = replace(ready.stacks[0], mask=below, data=below.astype(np.float32))
     assert list(defects.cut_faces(low)) == ["inferior"]
     metrics = {**ready.metrics, "masked": {"axial1": "otsu"}}
     neck = replace(ready, stacks=(low, *ready.stacks[1:]), metrics=metrics)
