@@ -22,10 +22,11 @@ from .bids import Discovery, dataset_links
 from .config import settings_to_toml
 from .exitcodes import ExitCode, UserError
 from .groups import Group
+from .pages import run_group
 from .products import Result
 from .resources import Resources, resolve
 from .settings import Settings
-from .tables import run_group, table_text
+from .tables import table_text
 
 __all__ = ["run_cohort", "run_group"]
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import tempfile
@@ -15,22 +13,10 @@ from pathlib import Path
 from . import viewer
 from .figures import make_figures
 from .material import Material, ReportInput, load
+from .policy import header
 from .sections import TEMPLATES, Page
 from .studio import Studio
 from .wording import plain
-
-
-def policy(script: str) -> str:
-    """A header that lets this very script run and nothing else.
-
-    Whatever slipped into the page could neither run nor be fetched from elsewhere.
-    """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        f"script-src 'sha256-{digest}'; img-src 'self' file: data:; "
-        "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
-    )
 
 
 def build_report(
@@ -94,7 +80,7 @@ def _assemble(scratch: Path, out_dir: Path, name: str) -> Path:
     )
     report.title = plain(name.replace("_", " "))
     script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
-    report.header = [policy(script)]
+    report.header = [header(script)]
     report.footer = [f"<script>{script}</script>"]
     try:
         report.generate_report()

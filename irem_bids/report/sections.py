@@ -26,7 +26,8 @@ from .wording import number, plain, table
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Jinja with autoescaping, our templates, and no silent undefined names."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(TEMPLATES)),
         autoescape=True,
@@ -87,10 +88,10 @@ class Page:
 
     def write(self, folder: Path) -> list[Path]:
         """Write one fragment per section into ``folder``."""
-        environment = _environment()
+        templates = environment()
         written = []
         for section, context in self.contexts().items():
-            html = environment.get_template(f"{section}.html").render(group=self.group, **context)
+            html = templates.get_template(f"{section}.html").render(group=self.group, **context)
             path = folder / f"sub-report_run-{self.number}_desc-{section}_T1w.html"
             path.write_bytes(html.encode("ascii", "xmlcharrefreplace"))
             written.append(path)
