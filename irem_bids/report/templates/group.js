@@ -55,7 +55,7 @@
     }
 
     draw() {
-      if (!this.canvas.clientWidth) return;
+      if (!this.canvas.clientWidth || this.canvas.closest("details:not([open])")) return;
       const { width, height, left, low, high } = this.layout();
       const ratio = window.devicePixelRatio || 1;
       this.canvas.width = width * ratio;
