@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ..reconstruction.stack import Stack
 from .finding import Finding, listed
-from .material import GroupLike, Material, MethodResult
+from .material import GroupLike, Material
+from .predicted import slice_values, widths
 from .slices import bad_slices
 
 REFINED_MM = 2.5  # a method moved a stack so far from where registration had put it
@@ -104,11 +105,10 @@ def thickness(material: Material) -> list[Finding]:
     stated = {s.label: s.slice_thickness for s in group.stacks}
     low, high = WIDTH_RANGE
     for result in material.methods.values():
-        found = result.fit.get("profile_width")
         off = [
-            f"{label} ({_number(width):.2g} mm instead of {stated[label]:.2g} mm)"
-            for label, width in (found.items() if isinstance(found, Mapping) else ())
-            if label in stated and not low <= _number(width) / stated[label] <= high
+            f"{label} ({width:.2g} mm instead of {stated[label]:.2g} mm)"
+            for label, width in widths(result, stated).items()
+            if not low <= width / stated[label] <= high
         ]
         if off:
             reasons.append(
@@ -117,11 +117,6 @@ def thickness(material: Material) -> list[Finding]:
             )
     text = " ".join(reasons) or "Known for every stack, and in keeping with the slice spacing."
     return [Finding("Slice thickness", bool(reasons), text, "inputs", "thickness")]
-
-
-def _number(value: Any) -> float:
-    """A number, or 0 for what is none: an entry of a file is not trusted to be one."""
-    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 # ----------------------------------------------------------------------- registration
@@ -221,20 +216,6 @@ def _weights(material: Material, label: str) -> NDArray[np.float64] | None:
     if not known or len({row.shape for row in known}) > 1:
         return None
     return np.min(known, axis=0)
-
-
-def slice_values(result: MethodResult, key: str) -> dict[str, NDArray[np.float64]]:
-    """A record per slice of ``fit.json`` as arrays; what is no array of numbers is left out."""
-    record = result.fit.get(key)
-    found = {}
-    for label, values in record.items() if isinstance(record, Mapping) else ():
-        try:
-            array = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError):
-            continue
-        if array.size and np.isfinite(array).all():
-            found[str(label)] = array
-    return found
 
 
 # ------------------------------------------------------------------------------- gain

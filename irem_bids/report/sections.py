@@ -238,6 +238,7 @@ class Page:
             "viewer": self.viewer and {**vars(self.viewer), "longest": LONGEST},
             "number": self.number,
             "mosaics": self.select("mosaic"),
+            "uncertainty": self.select("uncertainty"),
         }
 
     def training(self) -> dict[str, Any]:
@@ -245,6 +246,8 @@ class Page:
         by_method = [(m, self.select("residual", method=m)) for m in self.material.methods]
         return {
             "curves": self.select("training"),
+            "slices": self.select("slices"),
+            "motion": self.select("motion"),
             "residuals": [(plain(m), figures) for m, figures in by_method if figures],
         }
 

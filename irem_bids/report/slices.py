@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well each slice agrees with the result, measured quickly on some of its voxels.
 
-The result's volume is integrated through the slice profile (a Gaussian as wide as the
-slice is thick) at no more than :data:`VOXELS` voxels of a slice; no network is run, so that a
-whole head takes a second.
+The prediction (:mod:`.predicted`) is made for no more than :data:`VOXELS` voxels of a slice,
+so that a whole head takes a second.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from scipy import ndimage
 
 from ..reconstruction.geometry import RigidTransform
 from ..reconstruction.stack import Stack
+from . import predicted
 from .material import Material, MethodResult
 
 VOXELS = 500  # of a slice, at most
 ENOUGH = 0.2  # of the foreground of the largest slice, for a slice to be judged
-NODES = np.linspace(-1.0, 1.0, 7)  # through the slice, in slice thicknesses
 WINDOW = 7  # slices, for what is usual in a place of the stack
 RESIDUAL_FACTOR = 2.2  # of the usual residual
 RESIDUAL_EXCESS = 0.03  # scaled intensity beyond the usual residual
@@ -79,15 +78,14 @@ def fit_stack(stack: Stack, pose: RigidTransform, result: MethodResult, scale: f
         if len(index) > VOXELS:
             index = index[random.choice(len(index), VOXELS, replace=False)]
         acquired = stack.data[tuple(index.T)].astype(np.float64)
-        predicted = _predict(stack, pose, result, index) / scale
-        norm = float(predicted @ predicted)
-        if norm <= 0:
+        guess = predicted.voxels(stack, result, pose, index) / scale
+        if not np.any(guess > 0):
             continue
-        pairs[k] = acquired, predicted
-        brightness[k] = np.median(acquired) / max(float(np.median(predicted)), 1e-6)
+        pairs[k] = acquired, guess
+        brightness[k] = np.median(acquired) / max(float(np.median(guess)), 1e-6)
     usual = running_median(brightness)
-    for k, (acquired, predicted) in pairs.items():
-        residual[k] = np.median(np.abs(acquired - usual[k] * predicted))
+    for k, (acquired, guess) in pairs.items():
+        residual[k] = np.median(np.abs(acquired - usual[k] * guess))
     return SliceFit(residual, brightness / np.where(np.isfinite(usual), usual, 1.0))
 
 
@@ -97,23 +95,6 @@ def _inner(stack: Stack) -> NDArray[np.bool_]:
     shape[[a for a in range(3) if a != stack.slice_axis]] = 5
     inner = ndimage.binary_erosion(stack.mask, np.ones(shape, dtype=bool))
     return inner if inner.sum() > 0.3 * stack.mask.sum() else stack.mask
-
-
-def _predict(
-    stack: Stack, pose: RigidTransform, result: MethodResult, index: NDArray
-) -> NDArray[np.float64]:
-    if result.volume is None or result.grid is None:
-        raise ValueError(f"{result.name} left no volume")
-    weights = np.exp(-4 * np.log(2) * NODES**2)
-    centres = stack.grid.to_world(index)
-    total = np.zeros(len(index))
-    for node, weight in zip(NODES, weights / weights.sum(), strict=True):
-        points = pose.apply(centres + node * stack.slice_thickness * stack.normal)
-        where = result.grid.to_index(points).T
-        total += weight * ndimage.map_coordinates(
-            result.volume, where, order=1, mode="nearest", output=np.float64
-        )
-    return total
 
 
 def running_median(values: NDArray[np.float64], window: int = WINDOW) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ class Figure:
     """A file of the figures folder and what a reader who cannot see it is told."""
 
     path: Path
-    section: str  # inputs | registration | reconstruction | mosaic | residual | training | poses
+    section: str  # inputs | registration | reconstruction | mosaic | residual | training ..
     alt: str
     caption: str = ""
     stack: str = ""

@@ -431,14 +431,16 @@ def test_long_curves_are_thinned():
 
 def test_figures_tell_what_could_not_be_drawn(tmp_path):
     inp = make_input(tmp_path / "work", names=("irem",))
-    (inp.methods["irem"] / "model.safetensors").write_bytes(b"broken")
+    fit = json.loads((inp.methods["irem"] / "fit.json").read_text())
+    fit["history"]["loss"] = ["broken"] * 30
+    (inp.methods["irem"] / "fit.json").write_text(json.dumps(fit))
     material = report_material.load(inp)
     figures = make_figures(inp, tmp_path / "figures", material)
     assert [f.path.name for f in figures if f.section == "mosaic"] == [
         "sub-01_desc-mosaicirem_T1w.png"
     ]
     assert len(material.problems) == 1
-    assert "residual of irem" in material.problems[0]
+    assert "training of irem" in material.problems[0]
 
 
 def test_methods_that_really_ran(tmp_path):
