@@ -18,6 +18,7 @@ import jinja2
 from PIL import Image
 
 from . import methods, summary, tables
+from .latex import latex
 from .material import Material
 from .studio import Figure
 from .viewer import LONGEST, Viewer
@@ -270,6 +271,7 @@ class Page:
         return {
             "paragraphs": [p for p in methods.readable(text).split("\n\n") if p.strip()],
             "markdown": text,
+            "latex": latex(text),
             "bibtex": methods.bibliography(text),
         }
 

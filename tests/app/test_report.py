@@ -32,6 +32,7 @@ from irem_bids.report import (
     write_citation,
 )
 from irem_bids.report import material as report_material
+from irem_bids.report.latex import document, latex
 from irem_bids.report.methods import citation_keys, readable
 from irem_bids.settings import Settings
 
@@ -365,9 +366,22 @@ def test_values_as_text():
 def test_citation_files(tmp_path):
     text = methods_text(Settings())
     paths = write_citation(tmp_path / "logs", text)
-    assert [p.name for p in paths] == ["CITATION.md", "CITATION.bib"]
+    assert [p.name for p in paths] == ["CITATION.md", "CITATION.tex", "CITATION.bib"]
     assert paths[0].read_text() == text
-    assert "wu2021irem" in paths[1].read_text()
+    assert r"\citep{wu2021irem}" in paths[1].read_text()
+    assert "wu2021irem" in paths[2].read_text()
+
+
+def test_latex_is_escaped_and_whole():
+    text = "5 % of `a_b` & {x} #1 $2^3 ~ \\ [@one2020a; @two2021b]"
+    assert latex(text) == (
+        r"5 \% of \texttt{a\_b} \& \{x\} \#1 \$2\textasciicircum{}3 \textasciitilde{} "
+        r"\textbackslash{} \citep{one2020a,two2021b}"
+    )
+    whole = document(methods_text(Settings()))
+    body = re.sub(r"\\[{}]", "", whole)
+    assert body.count("{") == body.count("}")
+    assert not re.search(r"(?<!\\)[%&#_]", re.sub(r"\\\w+\{[^}]*\}", "", whole))
 
 
 # -------------------------------------------------------------------------------- views
