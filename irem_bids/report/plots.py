@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 # Okabe-Ito, told apart by the colour-blind; each series has its own marker or dash, too
@@ -131,6 +131,7 @@ def slice_curves(
                 label="stands out",
             )
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("slice")
         axes.set_ylabel("median residual (scaled intensity)")
         axes.grid(alpha=0.3)
@@ -175,6 +176,7 @@ def slice_motion(motion: NDArray[np.float64], path: Path) -> Path:
                 )
             axes.set_ylabel(unit)
             axes.grid(alpha=0.3)
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         lower.set_xlabel("slice")
         upper.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
         return _save(figure, path)

@@ -110,14 +110,17 @@ def running_median(values: NDArray[np.float64], window: int = WINDOW) -> NDArray
 
 
 def bad_slices(fit: SliceFit, weights: NDArray[np.float64] | None = None) -> dict[int, str]:
-    """Slice index to what is wrong with it; ``weights`` (K,) are what a method gave, if any."""
+    """Slice index to what is wrong with it; ``weights`` (K,) are what a method gave, if any.
+
+    The outermost slice at either end is not judged: it is partly out of the head.
+    """
     usual = running_median(fit.residual)
     known = fit.residual[np.isfinite(fit.residual)]
     if known.size < 5:
         return {}
     spread = 1.4826 * float(np.median(np.abs(known - np.median(known))))
     found = {}
-    for k in map(int, np.flatnonzero(np.isfinite(fit.residual))):
+    for k in map(int, np.flatnonzero(np.isfinite(fit.residual))[1:-1]):
         off = fit.residual[k] > max(
             RESIDUAL_FACTOR * usual[k], usual[k] + RESIDUAL_EXCESS, np.median(known) + 4 * spread
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import plots
+from . import cohort, plots
 from .material import Material, method_seconds, step_record
 from .wording import METRICS, number, plain, table
 
@@ -82,6 +82,7 @@ def metrics(material: Material) -> dict[str, Any]:
     stacks, per_stack = _per_stack(material, metrics)
     return {
         "methods": methods_table,
+        "cohort": cohort.among_others(material),
         "stacks": stacks,
         "definitions": [(METRICS[n][0], METRICS[n][2]) for n in dict.fromkeys([*used, *per_stack])],
     }

@@ -305,6 +305,20 @@ def test_one_pair_that_got_worse_is_named(tmp_path):
     assert "axial1 with sagittal1 (0.660 to 0.500)" in found["Registration of pairs"].text
 
 
+def test_metrics_stand_beside_the_range_of_the_cohort(tmp_path):
+    inp = replace(make_input(tmp_path / "w", names=("irem",)), out_dir=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    text = Page(build_report([inp], tmp_path / "out", "01")).text
+    assert "No range of a cohort yet" in text
+    lines = ["participant_id\tmethod\theld_out_psnr\theld_out_ncc"]
+    lines += [f"sub-{i}\tirem\t{33 + 0.1 * i}\tn/a" for i in range(9)]
+    (tmp_path / "out" / "group_T1w.tsv").write_text("\n".join(lines) + "\n")
+    text = Page(build_report([inp], tmp_path / "out", "01")).text
+    assert "No range" not in text
+    row = re.search(r"Held-out PSNR \(dB\)\s+30.00\s+33.40\s+33.04 to 33.76\s+below\s+9", text)
+    assert row is not None
+
+
 # ------------------------------------------------------------------------------ methods
 def test_methods_text_says_what_ran():
     settings = Settings.from_dict({"output": {"method": ["irem", "irem2021", "srr", "bspline"]}})
