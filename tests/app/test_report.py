@@ -175,6 +175,21 @@ def test_hostile_strings_are_text(tmp_path):
         assert (tmp_path / "out" / unquote(image["src"] or "")).exists()
 
 
+def test_hostile_labels_in_a_finding_are_text(tmp_path):
+    """A name that contradicts its image is quoted in the summary, whatever it holds."""
+    inp = make_input(tmp_path / "work", names=("irem",))
+    first, *others = inp.group.stacks
+    name = "sub-01_acq-cor<script>alert('x')&\"ü_T1w.nii.gz"
+    odd = replace(first, path=f"/data/<i>&/{name}", slice_thickness=2.0)
+    inp = replace(inp, group=replace(inp.group, stacks=(odd, *others)))
+    (tmp_path / "out").mkdir()
+    path = build_report([inp], tmp_path / "out", "01")
+    page = Page(path)
+    assert_offline(path)
+    assert f"{name} says coronal but its affine is axial" in page.text
+    assert page.all("i") == []
+
+
 def test_a_failed_group_has_a_page(tmp_path):
     errors = [{"step": "normalise", "message": "no foreground", "traceback": "Traceback: line 7"}]
     inp = ReportInput(group(session="a"), None, {}, Settings(), {}, errors, tmp_path)

@@ -47,7 +47,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(executable_path=driver)
     window = webdriver.Chrome(options=options, service=service)
-    window.set_page_load_timeout(60)
+    window.set_page_load_timeout(180)
     yield window
     window.quit()
 
@@ -138,10 +138,10 @@ def shown(browser: Any, canvas: str) -> str:
 
 
 def wait_for(browser: Any, script: str) -> Any:
-    """The value of ``script`` once it is true, 20 s at most."""
+    """The value of ``script`` once it is true, a minute at most."""
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(browser, 20).until(lambda b: b.execute_script(f"return {script}"))
+    return WebDriverWait(browser, 60).until(lambda b: b.execute_script(f"return {script}"))
 
 
 READOUT = "document.querySelector('.viewer output').textContent"
