@@ -84,6 +84,7 @@ def main() -> int:
         f"--methods {' '.join(arguments.methods)}",
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "load_average": round(os.getloadavg()[0], 1),  # of everything that ran beside this
         "rows": arguments.subjects * len(arguments.methods),
         "megabytes": round(size / 1e6, 2),
         "build_s": round(seconds, 2),

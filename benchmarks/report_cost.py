@@ -88,6 +88,7 @@ def main() -> int:
         f"--methods {' '.join(arguments.methods)}",
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "load_average": round(os.getloadavg()[0], 1),  # of everything that ran beside this
         **found,
     }
     arguments.result.write_text(json.dumps(record, indent=2) + "\n")
