@@ -76,6 +76,8 @@ def _run(argv: Sequence[str]) -> ExitCode:
     check_output(bids_dir, output_dir)
     bids_dir, output_dir = bids_dir.resolve(), output_dir.resolve()
     settings = _with_work_dir(bids_dir, output_dir, settings)
+    if arguments.boilerplate_only:
+        return _boilerplate(output_dir, settings)
     code = ExitCode.SUCCESS
     if "participant" in levels:
         if arguments.dry_run:
@@ -128,6 +130,15 @@ def _participants(
     from .cohort import run_cohort
 
     return run_cohort(discovery, bids_dir, output_dir, settings, reports_only=reports_only)
+
+
+def _boilerplate(output_dir: Path, settings: Settings) -> ExitCode:
+    from .checks import create_output
+
+    create_output(output_dir)
+    from .cohort import write_boilerplate
+
+    return write_boilerplate(output_dir, settings)
 
 
 def _group(output_dir: Path, settings: Settings) -> ExitCode:

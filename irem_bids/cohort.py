@@ -22,12 +22,13 @@ from .bids import Discovery, dataset_links
 from .config import settings_to_toml
 from .exitcodes import ExitCode, UserError
 from .groups import Group
+from .pages import run_group
 from .products import Result
 from .resources import Resources, resolve
 from .settings import Settings
-from .tables import run_group, table_text
+from .tables import table_text
 
-__all__ = ["run_cohort", "run_group"]
+__all__ = ["run_cohort", "run_group", "write_boilerplate"]
 
 LOG = logging.getLogger("irem_bids")
 PACKAGES = (
@@ -412,9 +413,19 @@ def close_run(outcomes: Sequence[Outcome], run: Run) -> ExitCode:
 
 def write_citation(run: Run) -> None:
     """Methods text with citations for the settings of this run."""
+    write_boilerplate(run.output_dir, run.settings, run.provenance["versions"])
+
+
+def write_boilerplate(
+    output_dir: Path, settings: Settings, versions: dict[str, str] | None = None
+) -> ExitCode:
+    """``logs/CITATION.md``, ``.tex`` and ``.bib``: the methods text for some settings."""
     from .report.methods import methods_text, write_citation
 
-    write_citation(run.logs, methods_text(run.settings, versions=run.provenance["versions"]))
+    known = provenance("boilerplate")["versions"] if versions is None else versions
+    paths = write_citation(output_dir / "logs", methods_text(settings, versions=known))
+    LOG.debug("methods text: %s", ", ".join(str(path) for path in paths))
+    return ExitCode.SUCCESS
 
 
 def clean_work(groups: Sequence[Group], run: Run) -> None:

@@ -34,7 +34,7 @@ Isotropic MR images reconstructed from stacks of thick slices.
   with `desc-<method>`: as refined by that method
 - `*_desc-<method>_qc.json`, `.tsv`: metrics
 - `*_desc-<method>_model.safetensors`: the trained field, for `irem-bids-sample`
-- `group_<contrast>.tsv`: metrics of all participants
+- `group_<contrast>.html`: page over all participants; `.tsv`, `.json`: its table and columns
 - `logs/`: settings of each run, methods text with citations, table of groups, crash texts
 """
 

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each report page is made from, remembered in the work folder.
+"""The pages: of a subject and session, and of all participants.
 
-A page shows all contrasts of a subject and session, and groups end one by one,
-perhaps in several processes: each leaves a record, and the page is made from the
-records there are.
+What a subject's page is made from is remembered in the work folder.  A page shows all
+contrasts of a subject and session, and groups end one by one, perhaps in several processes:
+each leaves a record, and the page is made from the records there are.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .atomic import write_json
+from . import log
+from .atomic import write_json, write_text
+from .exitcodes import ExitCode, UserError
 from .groups import Group
 from .products import Result
 from .settings import Settings
+from .tables import collect, column_record, columns_of, describe_column, table_text
+
+LOG = logging.getLogger(log.PACKAGE)
 
 
 def remember(result: Result, reports: Path, errors: Sequence[dict[str, Any]] = ()) -> Path:
@@ -69,3 +75,45 @@ def write_page(group: Group, reports: Path, output_dir: Path) -> Path:
         fcntl.flock(handle, fcntl.LOCK_EX)
         inputs = [recall(path, output_dir) for path in records_of(group, reports)]
         return Path(build_report(inputs, output_dir, group.subject, group.session))
+
+
+def run_group(output_dir: str | Path, settings: Settings) -> ExitCode:
+    """Collect the metrics of all participants: ``group_<contrast>.tsv``, ``.json``, ``.html``.
+
+    Raises
+    ------
+    UserError
+        There are no metrics below the output folder (66).
+    """
+    output = Path(output_dir).resolve()
+    contrasts = collect(output)
+    if not contrasts:
+        raise UserError(
+            f"{output}: no sub-*/**/*_qc.json; run the level 'participant' first",
+            ExitCode.NO_INPUT,
+        )
+    for suffix, rows in contrasts.items():
+        columns = columns_of(rows)
+        write_text(output / f"group_{suffix}.tsv", table_text(rows))
+        write_json(output / f"group_{suffix}.json", {c: column_record(c) for c in columns})
+        write_text(output / f"group_{suffix}.html", group_html(suffix, rows, output))
+        LOG.info("group_%s.html and .tsv: %d rows", suffix, len(rows))
+    return ExitCode.SUCCESS
+
+
+def group_html(suffix: str, rows: Sequence[dict[str, Any]], output: Path) -> str:
+    """The page of one contrast, its points linked to the reports that there are."""
+    from .report.grouppage import Column, group_page
+
+    there = {path.name for path in output.glob("sub-*.html")}
+    links = []
+    for row in rows:
+        session = row.get("session_id")
+        parts = [
+            str(row["participant_id"]),
+            *([str(session)] if session not in (None, "n/a") else []),
+        ]
+        name = "_".join(parts) + ".html"
+        links.append(name if name in there else None)
+    columns = [Column(name, *describe_column(name)) for name in columns_of(list(rows))]
+    return group_page(suffix, rows, columns, links)

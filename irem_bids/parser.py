@@ -63,6 +63,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--reports-only", action="store_true", help="only make the reports of finished groups again"
     )
+    parser.add_argument(
+        "--boilerplate-only",
+        action="store_true",
+        help="only write the methods text for these settings (logs/CITATION.md, .tex, .bib)",
+    )
     for section, cls in SECTIONS.items():
         title = (cls.__doc__ or section).splitlines()[0].rstrip(".")
         group = parser.add_argument_group(f"[{section}] {title}")

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import log
-from .atomic import write_json, write_text
-from .exitcodes import ExitCode, UserError
-from .settings import Settings
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -48,7 +45,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def table_text(rows: list[dict[str, Any]]) -> str:
     """Rows as tab-separated values; what a row lacks is ``n/a``."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = columns_of(rows)
     lines = ["\t".join(columns)]
     for row in rows:
         lines.append("\t".join(_cell(row.get(column)) for column in columns))
@@ -63,15 +60,8 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()) or "n/a"
 
 
-def run_group(output_dir: str | Path, settings: Settings) -> ExitCode:
-    """Collect the metrics of all participants in ``group_<contrast>.tsv``.
-
-    Raises
-    ------
-    UserError
-        There are no metrics below the output folder (66).
-    """
-    output = Path(output_dir).resolve()
+def collect(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of all participants' ``*_qc.json`` by contrast; files of others are left out."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(output.glob("sub-*/**/*_qc.json")):
         try:
@@ -79,59 +69,60 @@ def run_group(output_dir: str | Path, settings: Settings) -> ExitCode:
             row = {key: content[key] for key in ("participant_id", "session_id", "suffix")}
             row |= {"entities": _joined(content["entities"]), "method": content["method"]}
             row |= {"stacks": content["stacks"], **flatten(content["metrics"])}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             LOG.warning("%s: not metrics of this app (%s)", path.name, error)
             continue
         rows.setdefault(row["suffix"], []).append(row)
-    if not rows:
-        raise UserError(
-            f"{output}: no sub-*/**/*_qc.json; run the level 'participant' first",
-            ExitCode.NO_INPUT,
-        )
-    for suffix, table in rows.items():
-        columns = list(dict.fromkeys(key for row in table for key in row))
-        described = {column: {"Description": describe_column(column)} for column in columns}
-        write_text(output / f"group_{suffix}.tsv", table_text(table))
-        write_json(output / f"group_{suffix}.json", described)
-        LOG.info("group_%s.tsv: %d rows", suffix, len(table))
-    return ExitCode.SUCCESS
+    return rows
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Names of the columns of a table, in order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _joined(entities: dict[str, str]) -> str:
     return "_".join(f"{key}-{value}" for key, value in entities.items()) or "n/a"
 
 
-COLUMNS = {
-    "participant_id": "Participant, with the prefix sub-",
-    "session_id": "Session, with the prefix ses-",
-    "suffix": "Contrast",
-    "entities": "Entities that keep groups of this contrast apart",
-    "method": "Reconstruction method",
-    "stacks": "Number of stacks used",
-    "held_out_psnr": "Peak signal-to-noise ratio of the prediction of held-out voxels, dB",
-    "held_out_ncc": "Normalised cross-correlation of predicted and measured held-out voxels",
-    "held_out_voxels": "Number of held-out voxels",
-    "ncc_before": "Mean normalised cross-correlation of pairs of stacks before registration",
-    "ncc_after": "Mean normalised cross-correlation of pairs of stacks after registration",
-    "snr_result": "Signal-to-noise ratio of the reconstruction",
+# description, and unit where there is one
+COLUMNS: dict[str, tuple[str, str]] = {
+    "participant_id": ("Participant, with the prefix sub-", ""),
+    "session_id": ("Session, with the prefix ses-", ""),
+    "suffix": ("Contrast", ""),
+    "entities": ("Entities that keep groups of this contrast apart", ""),
+    "method": ("Reconstruction method", ""),
+    "stacks": ("Number of stacks used", "stacks"),
+    "held_out_psnr": ("Peak signal-to-noise ratio of the prediction of held-out voxels", "dB"),
+    "held_out_ncc": ("Normalised cross-correlation of predicted and measured held-out voxels", "1"),
+    "held_out_voxels": ("Number of held-out voxels", "voxels"),
+    "ncc_before": ("Mean normalised cross-correlation of pairs of stacks before registration", "1"),
+    "ncc_after": ("Mean normalised cross-correlation of pairs of stacks after registration", "1"),
+    "snr_result": ("Signal-to-noise ratio of the reconstruction", "1"),
 }
-PREFIXES = {
-    "self_consistency_": "Normalised cross-correlation of a stack and its prediction: ",
-    "snr_": "Signal-to-noise ratio of a stack: ",
-    "noise_": "Standard deviation of the noise within slices, scaled intensity, of a stack: ",
-    "masked_": "Origin of the mask of a stack: ",
-    "gain_": "Gain of a stack: ",
-    "residual_": "Root mean square residual of a stack, scaled intensity: ",
-    "rotation_deg_": "Rotation of a stack to the reference, degrees: ",
-    "translation_mm_": "Movement of the head's centre in a stack to the reference, mm: ",
+PREFIXES: dict[str, tuple[str, str]] = {
+    "self_consistency_": ("Normalised cross-correlation of a stack and its prediction: ", "1"),
+    "snr_": ("Signal-to-noise ratio of a stack: ", "1"),
+    "noise_": ("Standard deviation of the noise within slices of a stack: ", "scaled intensity"),
+    "masked_": ("Origin of the mask of a stack: ", ""),
+    "gain_": ("Gain of a stack: ", "1"),
+    "residual_": ("Root mean square residual of a stack: ", "scaled intensity"),
+    "rotation_deg_": ("Rotation of a stack to the reference: ", "degrees"),
+    "translation_mm_": ("Movement of the head's centre in a stack to the reference: ", "mm"),
 }
 
 
-def describe_column(name: str) -> str:
-    """What a column of the group table means."""
+def describe_column(name: str) -> tuple[str, str]:
+    """What a column of the group table means, and its unit ('1': a ratio; '': no number)."""
     if name in COLUMNS:
         return COLUMNS[name]
-    for prefix, words in PREFIXES.items():
+    for prefix, (words, unit) in PREFIXES.items():
         if name.startswith(prefix):
-            return words + name.removeprefix(prefix)
-    return name.replace("_", " ")
+            return words + name.removeprefix(prefix), unit
+    return name.replace("_", " "), ""
+
+
+def column_record(name: str) -> dict[str, str]:
+    """A column as the JSON beside a TSV file describes it."""
+    words, unit = describe_column(name)
+    return {"Description": words, **({"Units": unit} if unit else {})}

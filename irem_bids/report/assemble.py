@@ -7,18 +7,16 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from . import viewer
 from .figures import make_figures
 from .material import Material, ReportInput, load
+from .policy import header
 from .sections import TEMPLATES, Page
+from .studio import Studio
 from .wording import plain
-
-# Whatever slipped into the page could neither run nor be fetched from elsewhere.
-POLICY = (
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "img-src 'self' file: data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
-)
 
 
 def build_report(
@@ -57,9 +55,11 @@ def build_report(
 def _fragments(
     material: Material, out_dir: Path, subject: str, folder: Path, place: tuple[int, int]
 ) -> None:
-    figures = make_figures(material.inp, out_dir / subject / "figures", material)
+    studio = Studio(material, out_dir / subject / "figures")
+    figures = make_figures(material.inp, studio.folder, material)
+    volumes = studio.try_to("viewer", partial(viewer.build, studio))
     count, total = place
-    page = Page(material, figures, out_dir, alone=total == 1, number_in_page=count)
+    page = Page(material, figures, out_dir, viewer=volumes, alone=total == 1, number_in_page=count)
     page.write(folder)
 
 
@@ -79,7 +79,9 @@ def _assemble(scratch: Path, out_dir: Path, name: str) -> Path:
         metadata={"template_path": json.dumps(str(TEMPLATES / "report.html"))},
     )
     report.title = plain(name.replace("_", " "))
-    report.header = [POLICY]
+    script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
+    report.header = [header(script)]
+    report.footer = [f"<script>{script}</script>"]
     try:
         report.generate_report()
         os.replace(temporary, final)

@@ -3,25 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..reconstruction.geometry import Grid, RigidTransform
 from ..reconstruction.stack import Stack
-from . import plots, views
+from . import plots, residuals, views
 from .material import Material, MethodResult, ReportInput, load
 from .studio import Figure, Studio, head_limits, zoomed
 
 TILE = 340  # pixels, about, of the longer side of a picture
 SLICES = 12  # slices of a stack that are shown
-POINT_SAMPLED = ("bspline", "irem2021")  # methods that know no slice profile
-RESIDUAL_SPAN = 0.25  # residuals are shown within this part of the window, either way
 
 
 def make_figures(
@@ -43,9 +38,14 @@ def make_figures(
         figures += studio.attempt("reconstruction", partial(reconstruction, studio))
         figures += studio.attempt("poses", partial(poses, studio))
         for result in material.methods.values():
-            figures += studio.attempt(
-                f"residual of {result.name}", partial(residuals, studio, result)
-            )
+            name = result.name
+            for what, draw in (
+                ("residual", residuals.residuals),
+                ("slice motion", residuals.motion_plots),
+                ("uncertainty", residuals.uncertainty),
+            ):
+                figures += studio.attempt(f"{what} of {name}", partial(draw, studio, result))
+        figures += studio.attempt("slices", partial(residuals.slice_plots, studio))
     for result in material.methods.values():
         figures += studio.attempt(f"mosaic of {result.name}", partial(mosaic, studio, result))
         figures += studio.attempt(f"training of {result.name}", partial(training, studio, result))
@@ -231,89 +231,6 @@ def mosaic(studio: Studio, result: MethodResult) -> list[Figure]:
             alt=f"reconstruction by {result.name}: six axial, coronal and sagittal sections",
         )
     ]
-
-
-def one_slice(stack: Stack, index: int) -> Stack:
-    """The stack cut down to slice ``index``, at its place."""
-    keep = [slice(None)] * 3
-    keep[stack.slice_axis] = slice(index, index + 1)
-    low = np.zeros(3)
-    low[stack.slice_axis] = index
-    affine = np.array(stack.grid.affine)
-    affine[:3, 3] = stack.grid.to_world(low)
-    data = stack.data[tuple(keep)]
-    return replace(stack, data=data, mask=stack.mask[tuple(keep)], grid=Grid(data.shape, affine))
-
-
-def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
-    """The middle slice of each stack: acquired, predicted from the field, and the difference."""
-    prepared = studio.material.prepared
-    if prepared is None or not (result.folder / "model.safetensors").exists():
-        return []
-    from ..reconstruction.acquisition import predict
-    from ..reconstruction.fields import load_model
-
-    field = load_model(result.folder / "model.safetensors").field.eval()
-    settings = studio.material.inp.settings.acquisition
-    if result.name in POINT_SAMPLED:
-        settings = replace(settings, profile="none")
-    black, white = studio.levels
-    span = RESIDUAL_SPAN * (white - black)
-    figures = []
-    for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
-        counts = stack.mask.sum(axis=tuple(a for a in range(3) if a != stack.slice_axis))
-        piece = one_slice(stack, int(np.argmax(np.cumsum(counts) >= counts.sum() / 2)))
-        predicted = predict(
-            field,
-            piece,
-            result.poses.get(stack.label, pose),
-            result.gains.get(stack.label, 1.0),
-            settings,
-        )
-        image = _residual_image(studio, piece, np.asarray(predicted), span)
-        path = views.save_png(image, studio.path(f"residual{result.name}{stack.label}"))
-        figures.append(
-            Figure(
-                path,
-                "residual",
-                method=result.name,
-                stack=stack.label,
-                alt=f"middle slice of stack {stack.label} as acquired, as {result.name} predicts "
-                "it, and the residual",
-                caption=f"residual: purple is acquired above predicted by {span:.3g} or more, "
-                f"orange the reverse, in units of the {_percentile(studio)}th percentile of the "
-                "foreground",
-            )
-        )
-    return figures
-
-
-def _percentile(studio: Studio) -> str:
-    return f"{studio.material.inp.settings.normalise.intensity_percentile:g}"
-
-
-def _residual_image(studio: Studio, piece: Stack, predicted: NDArray, span: float) -> Image.Image:
-    full = views.canonical(piece.data, piece.grid)
-    normal = full.file_axis.index(piece.slice_axis)
-    plane = next(p for p, axis in views.NORMAL.items() if axis == normal)
-    other = views.canonical(predicted, piece.grid).data
-    limits = head_limits(views.canonical(piece.mask, piece.grid).data, full.grid)
-    limits[normal] = (0, 1)
-    part = views.crop(full, limits)
-    guess = other[tuple(slice(a, b) for a, b in limits)]
-    size = views.pixel_size(part.grid, plane)
-    shape = views.picture(part.data, plane, 0).shape
-    mm = min(size) / max(1, round(TILE / max(shape)))
-    tiles = []
-    for name, values in (("acquired", part.data), ("predicted", guess)):
-        pixels = views.grey(views.picture(values, plane, 0), studio.levels)
-        tiles.append(zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
-    inside = views.crop(views.canonical(piece.mask, piece.grid), limits).data
-    difference = views.picture(np.where(inside, part.data - guess, 0.0), plane, 0)
-    colours = matplotlib.colormaps["PuOr"](np.clip(0.5 + difference / (2 * span), 0, 1))
-    pixels = np.asarray(colours[..., :3] * 255).astype(np.uint8)
-    tiles.append(zoomed(pixels, part.grid, plane, mm, "residual"))
-    return views.montage(tiles, 3)
 
 
 def training(studio: Studio, result: MethodResult) -> list[Figure]:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,7 @@ from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..reconstruction.prepare import Prepared
+    from .slices import SliceFit
 
 LOG = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ class MethodResult:
     gains: dict[str, float] = field(default_factory=dict)
     history: dict[str, list[float]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)  # all of fit.json
 
 
 @dataclass
@@ -159,6 +162,31 @@ class Material:
                 if poses != registered:
                     sets[result.name] = poses
         return sets
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """Intensity of each stack as acquired over its scaled one; {} where files are gone.
+
+        The stacks were scaled alike when they were prepared, so this alone tells a gain.
+        """
+        if self.prepared is None:
+            return {}
+        paths = {s.label: s.path for s in self.inp.group.stacks}
+        stacks = self.prepared.stacks
+        if not all(s.label in paths and Path(paths[s.label]).is_file() for s in stacks):
+            return {}
+        try:
+            return {s.label: raw_scale(s, paths[s.label]) for s in stacks}
+        except Exception as error:  # the file may have changed since
+            LOG.debug("the stacks as acquired cannot be compared: %s", error)
+            return {}
+
+    @cached_property
+    def slice_fits(self) -> dict[str, SliceFit]:
+        """How each slice of each stack agrees with the result (:mod:`.slices`)."""
+        from .slices import fit_slices
+
+        return fit_slices(self)
 
     def problem(self, what: str, error: BaseException) -> None:
         """Remember that ``what`` could not be shown."""
@@ -204,7 +232,17 @@ def _method(name: str, folder: Path) -> MethodResult:
         gains={k: float(v) for k, v in fit.get("gains", {}).items()},
         history=fit.get("history", {}),
         info=fit.get("info", {}),
+        fit=fit,
     )
+
+
+def raw_scale(stack: Stack, path: str) -> float:
+    """Median ratio of the image at ``path`` to the prepared ``stack`` in its foreground."""
+    raw, grid = read_image(path)
+    where = np.argwhere(stack.mask & (stack.data > 0.1))
+    where = where[:: max(1, len(where) // 5000)]
+    index = np.round(grid.to_index(stack.grid.to_world(where))).astype(int)
+    return float(np.median(raw[tuple(index.T)] / stack.data[tuple(where.T)]))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..settings import Settings
+from .latex import document
 from .material import GroupLike
 
 PROFILES = {
@@ -256,11 +257,16 @@ def bibliography(text: str | None = None) -> str:
 
 
 def write_citation(folder: Path, text: str) -> list[Path]:
-    """Write ``CITATION.md`` and ``CITATION.bib`` into ``folder`` (the log folder)."""
+    """Write ``CITATION.md``, ``.tex`` and ``.bib`` into ``folder`` (the log folder)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, content in (("CITATION.md", text), ("CITATION.bib", bibliography(text))):
+    contents = (
+        ("CITATION.md", text),
+        ("CITATION.tex", document(text)),
+        ("CITATION.bib", bibliography(text)),
+    )
+    for name, content in contents:
         temporary = folder / f".{name}.tmp"
         temporary.write_text(content, encoding="utf-8")
         written.append(temporary.replace(folder / name))

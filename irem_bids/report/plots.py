@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 # Okabe-Ito, told apart by the colour-blind; each series has its own marker or dash, too
@@ -98,6 +98,87 @@ def training(history: Mapping[str, Sequence[float]], path: Path) -> Path | None:
         axes.set_ylabel("scaled intensity squared")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+        return _save(figure, path)
+
+
+def slice_curves(
+    residual: NDArray[np.float64],
+    weights: Mapping[str, NDArray[np.float64]],
+    marked: Sequence[int],
+    path: Path,
+) -> Path | None:
+    """Residual of each slice (K,), and weights (K,) by method on an axis of their own.
+
+    ``marked`` slices have a cross.  ``None`` where no slice has a residual.
+    """
+    known = np.flatnonzero(np.isfinite(residual))
+    if not known.size:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas()
+        axes.plot(
+            known, residual[known], color=COLOURS[0], marker="o", markersize=3, label="residual"
+        )
+        if len(marked):
+            axes.plot(
+                list(marked),
+                residual[list(marked)],
+                linestyle="",
+                marker="x",
+                markersize=11,
+                markeredgewidth=2.5,
+                color=COLOURS[1],
+                label="stands out",
+            )
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("slice")
+        axes.set_ylabel("median residual (scaled intensity)")
+        axes.grid(alpha=0.3)
+        if weights:
+            right = axes.twinx()
+            right.spines["right"].set_visible(True)
+            right.set_ylim(0, 1.05)
+            right.set_ylabel("weight")
+            for number, (name, values) in enumerate(weights.items()):
+                colour = COLOURS[(number + 2) % len(COLOURS)]
+                right.step(
+                    np.arange(len(values)),
+                    values,
+                    where="mid",
+                    linestyle=("--", ":", "-.")[number % 3],
+                    color=colour,
+                    label=f"weight by {name}",
+                )
+            right.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper left")
+        return _save(figure, path)
+
+
+def slice_motion(motion: NDArray[np.float64], path: Path) -> Path:
+    """Rotation and translation of each slice; ``motion`` (K, 6) in rad and mm."""
+    with matplotlib.rc_context(STYLE):
+        figure = Canvas(figsize=(SIZE[0], 1.5 * SIZE[1]), layout="constrained")
+        FigureCanvasAgg(figure)
+        upper, lower = figure.subplots(2, sharex=True)
+        for axes, values, unit in (
+            (upper, np.rad2deg(motion[:, :3]), "rotation (degrees)"),
+            (lower, motion[:, 3:], "translation (mm)"),
+        ):
+            for axis in range(3):
+                axes.plot(
+                    values[:, axis],
+                    color=COLOURS[axis],
+                    marker=MARKERS[axis],
+                    markersize=3,
+                    linewidth=1,
+                    label=AXES[axis],
+                )
+            axes.set_ylabel(unit)
+            axes.grid(alpha=0.3)
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lower.set_xlabel("slice")
+        upper.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
         return _save(figure, path)
 
 

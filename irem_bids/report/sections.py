@@ -15,18 +15,20 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-import numpy as np
 from PIL import Image
 
-from . import methods, plots, summary
-from .material import Material, method_seconds, step_record
+from . import methods, summary, tables
+from .latex import latex
+from .material import Material
 from .studio import Figure
-from .wording import METRICS, number, plain, table
+from .viewer import LONGEST, Viewer
+from .wording import number, plain, table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Jinja with autoescaping, our templates, and no silent undefined names."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(TEMPLATES)),
         autoescape=True,
@@ -45,10 +47,12 @@ class Page:
         figures: Sequence[Figure],
         root: Path,
         *,
+        viewer: Viewer | None = None,
         alone: bool,
         number_in_page: int,
     ) -> None:
         self.material = material
+        self.viewer = viewer
         self.root = root
         self.number = number_in_page
         self.all = [(figure, self._figure(figure)) for figure in figures]
@@ -85,10 +89,10 @@ class Page:
 
     def write(self, folder: Path) -> list[Path]:
         """Write one fragment per section into ``folder``."""
-        environment = _environment()
+        templates = environment()
         written = []
         for section, context in self.contexts().items():
-            html = environment.get_template(f"{section}.html").render(group=self.group, **context)
+            html = templates.get_template(f"{section}.html").render(group=self.group, **context)
             path = folder / f"sub-report_run-{self.number}_desc-{section}_T1w.html"
             path.write_bytes(html.encode("ascii", "xmlcharrefreplace"))
             written.append(path)
@@ -102,9 +106,9 @@ class Page:
             "registration": self.registration(),
             "reconstruction": self.reconstruction(),
             "training": self.training(),
-            "metrics": self.metrics(),
+            "metrics": tables.metrics(self.material),
             "settings": self.settings(),
-            "provenance": self.provenance(),
+            "provenance": tables.provenance(self.material),
             "methods": self.methods(),
             "errors": self.errors(),
         }
@@ -211,7 +215,7 @@ class Page:
                     for p in pairs
                 ),
             ),
-            "poses": self._poses(),
+            "poses": tables.poses(self.material),
             "plots": self.select("poses"),
             "reference": reference,
             "comparisons": comparisons if reference else [],
@@ -225,40 +229,6 @@ class Page:
             f"{number(metrics['ncc_after'], '.3f')} after registration."
         )
 
-    def _poses(self) -> dict[str, Any]:
-        prepared = self.material.prepared
-        columns = (
-            ("Stack", ""),
-            ("Estimated by", ""),
-            ("Shift (mm)", "number"),
-            ("R-L", "number"),
-            ("A-P", "number"),
-            ("S-I", "number"),
-            ("Turn (°)", "number"),
-            ("about R-L", "number"),
-            ("about A-P", "number"),
-            ("about S-I", "number"),
-        )
-        stacks = () if prepared is None else prepared.stacks
-        sets = {
-            name: plots.pose_table(stacks, poses, prepared.reference)
-            for name, poses in self.material.pose_sets().items()
-            if prepared is not None
-        }
-        rows = (
-            (
-                stack.label,
-                name,
-                number(np.linalg.norm(shifts[place]), ".2f"),
-                *(number(v, "+.2f") for v in shifts[place]),
-                number(np.linalg.norm(turns[place]), ".2f"),
-                *(number(v, "+.2f") for v in turns[place]),
-            )
-            for place, stack in enumerate(stacks)
-            for name, (turns, shifts) in sets.items()
-        )
-        return table(columns, rows)
-
     def reconstruction(self) -> dict[str, Any]:
         """Stacks and methods at one position, and sections through each result."""
         found = [
@@ -266,7 +236,10 @@ class Page:
         ]
         return {
             "planes": [(plane, figures) for plane, figures in found if figures],
+            "viewer": self.viewer and {**vars(self.viewer), "longest": LONGEST},
+            "number": self.number,
             "mosaics": self.select("mosaic"),
+            "uncertainty": self.select("uncertainty"),
         }
 
     def training(self) -> dict[str, Any]:
@@ -274,114 +247,16 @@ class Page:
         by_method = [(m, self.select("residual", method=m)) for m in self.material.methods]
         return {
             "curves": self.select("training"),
+            "slices": self.select("slices"),
+            "motion": self.select("motion"),
             "residuals": [(plain(m), figures) for m, figures in by_method if figures],
         }
-
-    def metrics(self) -> dict[str, Any]:
-        """Metrics of methods and stacks, with what they mean."""
-        results = self.material.methods
-        metrics = {} if self.material.prepared is None else self.material.prepared.metrics
-        shared = set(metrics) | {"ncc_pairs"}
-        names = list(
-            dict.fromkeys(
-                key
-                for r in results.values()
-                for key, value in r.quality.items()
-                if isinstance(value, (int, float)) and key not in shared
-            )
-        )
-        used = [n for n in names if n in METRICS]
-        methods_table = table(
-            (
-                ("Method", ""),
-                *((METRICS[n][0] if n in METRICS else n, "number") for n in names),
-                ("Seconds", "number"),
-            ),
-            (
-                (
-                    r.name,
-                    *(number(r.quality.get(n), METRICS.get(n, ("", ".4g", ""))[1]) for n in names),
-                    number(method_seconds(r), ".1f"),
-                )
-                for r in results.values()
-                if r.quality or r.info
-            ),
-        )
-        stacks, per_stack = self._per_stack(metrics)
-        return {
-            "methods": methods_table,
-            "stacks": stacks,
-            "definitions": [
-                (METRICS[n][0], METRICS[n][2]) for n in dict.fromkeys([*used, *per_stack])
-            ],
-        }
-
-    def _per_stack(self, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """One row per stack and method; and which metrics it has."""
-        by_stack = [n for n in ("snr", "noise") if metrics.get(n)]
-        values: dict[tuple[str, str], dict[str, Any]] = {}
-        for result in self.material.methods.values():
-            found = {**result.quality, "gain": result.gains}
-            for name in ("self_consistency", "residual", "gain"):
-                of_labels = found.get(name)
-                for label, value in (of_labels if isinstance(of_labels, Mapping) else {}).items():
-                    values.setdefault((label, result.name), {})[name] = value
-        labels = list(dict.fromkeys([*(metrics.get("snr") or {}), *(k for k, _ in values)]))
-        order = [(label, name) for label in labels for name in self.material.methods]
-        pairs = [key for key in order if key in values]
-        by_method = [
-            n
-            for n in ("self_consistency", "residual", "gain")
-            if any(n in row for row in values.values())
-        ]
-        head = [("Stack", ""), *((METRICS[n][0], "number") for n in by_stack)]
-        if pairs:
-            head += [("Method", ""), *((METRICS[n][0], "number") for n in by_method)]
-        rows = (
-            (
-                label,
-                *(number(metrics[n].get(label), METRICS[n][1]) for n in by_stack),
-                *([method] if pairs else []),
-                *(number(values[label, method].get(n), METRICS[n][1]) for n in by_method),
-            )
-            for label, method in pairs or [(label, "") for label in labels]
-        )
-        return table(head, rows), [*by_stack, *by_method]
 
     def settings(self) -> dict[str, Any]:
         """The settings as TOML."""
         from ..config import settings_to_toml
 
         return {"toml": plain(settings_to_toml(self.material.inp.settings))}
-
-    def provenance(self) -> dict[str, Any]:
-        """Versions, device, seconds and what else the run says of itself."""
-        known = dict(self.material.inp.provenance)
-        seconds = dict(known.pop("seconds", {}) or {})
-        versions = dict(known.pop("versions", {}) or {})
-        devices = [known.pop("device")] if known.get("device") else []
-        for folder, name in [
-            (self.material.inp.prepared, ""),
-            *((r.folder, r.name) for r in self.material.methods.values()),
-        ]:
-            step = step_record(folder)
-            devices += [step["device"]] if step.get("device") else []
-            for what, value in (step.get("seconds") or {}).items():
-                seconds.setdefault(f"{what} {name}".strip(), value)
-        facts = [("Device", ", ".join(dict.fromkeys(plain(d) for d in devices)))] if devices else []
-        facts += [
-            (plain(name).replace("_", " ").capitalize(), plain(value))
-            for name, value in known.items()
-            if value not in (None, "", [], {})
-        ]
-        return {
-            "facts": facts,
-            "seconds": table(
-                (("Step", ""), ("Seconds", "number")),
-                ((k, number(v, ".1f")) for k, v in seconds.items()),
-            ),
-            "versions": table((("Package", ""), ("Version", "")), versions.items()),
-        }
 
     def methods(self) -> dict[str, Any]:
         """Methods text and its bibliography."""
@@ -396,6 +271,7 @@ class Page:
         return {
             "paragraphs": [p for p in methods.readable(text).split("\n\n") if p.strip()],
             "markdown": text,
+            "latex": latex(text),
             "bibtex": methods.bibliography(text),
         }
 

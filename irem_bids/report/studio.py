@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from ..reconstruction.geometry import Grid
 from . import views
 from .material import Material
 
+Made = TypeVar("Made")
 MARGIN = 6.0  # mm around the head in pictures
 
 
@@ -24,7 +26,7 @@ class Figure:
     """A file of the figures folder and what a reader who cannot see it is told."""
 
     path: Path
-    section: str  # inputs | registration | reconstruction | mosaic | residual | training | poses
+    section: str  # inputs | registration | reconstruction | mosaic | residual | training ..
     alt: str
     caption: str = ""
     stack: str = ""
@@ -55,11 +57,15 @@ class Studio:
 
     def attempt(self, what: str, draw: Callable[[], list[Figure]]) -> list[Figure]:
         """Draw, or note why it could not be done: a report must come in any case."""
+        return self.try_to(what, draw) or []
+
+    def try_to(self, what: str, make: Callable[[], Made]) -> Made | None:
+        """What ``make`` gives; ``None``, and a note, where it fails."""
         try:
-            return draw()
+            return make()
         except Exception as error:
             self.material.problem(f"the figure '{what}' could not be drawn", error)
-            return []
+            return None
 
 
 def head_limits(mask: NDArray[np.bool_], grid: Grid) -> list[tuple[int, int]]:

@@ -3,50 +3,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from . import plots
+from . import defects, plots
+from .finding import Finding, listed
 from .material import Material
+
+__all__ = ["Finding", "check", "verdict"]
 
 FAR_MM = 10.0
 FAR_DEGREES = 10.0
 LOW_NCC = 0.5
 NCC_DROP = 0.01
-GAIN_RANGE = (0.8, 1.25)
 PSNR_DROP = 0.1  # dB
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One check: ``look`` is true where a person should look; ``text`` says why in words."""
-
-    name: str
-    look: bool
-    text: str
-    link: str = ""  # section of the page with the evidence
-
-
 def check(material: Material) -> list[Finding]:
-    """All checks that the material allows, failures first."""
-    findings = [*_failed(material), *_inputs(material)]
-    if material.prepared is not None:
-        findings += [*_agreement(material), *_motion(material)]
-    findings += [*_held_out(material), *_gains(material)]
-    return findings
+    """All checks that the material allows, failures first.
 
-
-def _list(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    A check that fails on what it was given is itself a finding: the page must be built.
+    """
+    checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
+        ("orientations", partial(_orientations, material)),
+        ("labels", partial(defects.labels, material.inp.group)),
+        ("slice thickness", partial(defects.thickness, material)),
+        ("warnings", partial(_warnings, material)),
+        ("field of view", partial(defects.field_of_view, material)),
+        ("agreement", partial(_agreement, material)),
+        ("movement", partial(_motion, material)),
+        ("misregistration", partial(defects.misregistered, material)),
+        ("slices", partial(defects.slices, material)),
+        ("held-out voxels", partial(_held_out, material)),
+        ("gains", partial(defects.gains, material)),
+    )
+    found: list[Finding] = []
+    for name, run in checks:
+        try:
+            found += run()
+        except Exception as error:
+            material.problem(f"the check of {name} could not be made", error)
+    return [*_failed(material), *found]
 
 
 def _failed(material: Material) -> list[Finding]:
     errors = material.inp.errors
     found = []
     if errors:
-        steps = _list([str(e.get("step", "an unnamed step")) for e in errors])
-        found.append(Finding("Completed", True, f"The run failed in {steps}.", "errors"))
+        steps = listed([str(e.get("step", "an unnamed step")) for e in errors])
+        found.append(Finding("Completed", True, f"The run failed in {steps}.", "errors", "failed"))
     missing = [
         name
         for name in material.inp.methods
@@ -54,7 +61,9 @@ def _failed(material: Material) -> list[Finding]:
     ]
     if missing:
         found.append(
-            Finding("Completed", True, f"No image was left by {_list(missing)}.", "errors")
+            Finding(
+                "Completed", True, f"No image was left by {listed(missing)}.", "errors", "failed"
+            )
         )
     if material.problems:
         found.append(
@@ -64,46 +73,34 @@ def _failed(material: Material) -> list[Finding]:
                 f"{len(material.problems)} part(s) of this report could not be made; they are "
                 "listed with the errors.",
                 "errors",
+                "report",
             )
         )
     return found or [Finding("Completed", False, "Every step ended without an error.")]
 
 
-def _inputs(material: Material) -> list[Finding]:
-    group = material.inp.group
-    planes = sorted({stack.plane for stack in group.stacks})
-    found = [
-        Finding(
-            "Orientations",
-            len(planes) < 3,
-            f"Only {len(planes)} orientation(s): {_list(planes) if planes else 'none'}. "
-            "Detail along the missing direction rests on few measurements."
-            if len(planes) < 3
-            else "Stacks in all three orientations.",
-            "inputs",
-        )
-    ]
-    guessed = [s.label for s in group.stacks if s.thickness_source == "spacing"]
-    found.append(
-        Finding(
-            "Slice thickness",
-            bool(guessed),
-            f"The slice thickness of {_list(guessed)} was taken from the slice spacing, because "
-            "the sidecar has none that is plausible. With a gap between slices the result is "
-            "blurred wrongly."
-            if guessed
-            else "Known for every stack.",
-            "inputs",
-        )
+def _orientations(material: Material) -> list[Finding]:
+    planes = sorted({stack.plane for stack in material.inp.group.stacks})
+    text = (
+        f"Only {len(planes)} orientation(s): {listed(planes) if planes else 'none'}. "
+        "Detail along the missing direction rests on few measurements."
+        if len(planes) < 3
+        else "Stacks in all three orientations."
     )
-    said = [f.name for f in found if f.look]
-    others = [
-        text
+    return [Finding("Orientations", len(planes) < 3, text, "inputs", "orientations")]
+
+
+def _warnings(material: Material) -> list[Finding]:
+    """What discovery warned of, but for what the checks say themselves."""
+    group = material.inp.group
+    few = len({stack.plane for stack in group.stacks}) < 3
+    guessed = any(s.thickness_source == "spacing" for s in group.stacks)
+    return [
+        Finding("Discovery", True, text, "inputs", "discovery")
         for text in group.warnings
-        if not ("Orientations" in said and "orientation" in text.lower())
-        and not ("Slice thickness" in said and "thickness" in text.lower())
+        if not (few and "orientation" in text.lower())
+        and not (guessed and "thickness" in text.lower())
     ]
-    return found + [Finding("Discovery", True, text, "inputs") for text in others]
 
 
 def _agreement(material: Material) -> list[Finding]:
@@ -121,6 +118,7 @@ def _agreement(material: Material) -> list[Finding]:
             if after < before - NCC_DROP
             else f"Mean NCC between stacks went from {before:.3f} to {after:.3f}.",
             "registration",
+            "misregistered",
         )
     ]
     worse = [
@@ -133,8 +131,9 @@ def _agreement(material: Material) -> list[Finding]:
             Finding(
                 "Registration of pairs",
                 True,
-                f"Agreement fell for {_list(worse)}.",
+                f"Agreement fell for {listed(worse)}.",
                 "registration",
+                "misregistered",
             )
         )
     if after < LOW_NCC:
@@ -145,6 +144,7 @@ def _agreement(material: Material) -> list[Finding]:
                 f"The stacks agree poorly even after registration (mean NCC {after:.3f}, less than "
                 f"{LOW_NCC:g}).",
                 "registration",
+                "misregistered",
             )
         )
     return found
@@ -164,11 +164,12 @@ def _motion(material: Material) -> list[Finding]:
         Finding(
             "Movement between stacks",
             bool(far),
-            f"Registration moved {_list(far)}: a large movement, or a failure. Compare the "
+            f"Registration moved {listed(far)}: a large movement, or a failure. Compare the "
             "pictures before and after."
             if far
             else f"No stack was moved by more than {FAR_MM:g} mm or {FAR_DEGREES:g}°.",
             "registration",
+            "misregistered",
         )
     ]
 
@@ -191,35 +192,12 @@ def _held_out(material: Material) -> list[Finding]:
             "Held-out voxels",
             bool(worse),
             "Voxels that were never trained on are predicted worse than by plain interpolation "
-            f"(bspline, {floor:.1f} dB): {_list(worse)}."
+            f"(bspline, {floor:.1f} dB): {listed(worse)}."
             if worse
             else "Every method predicts unseen voxels at least as well as plain interpolation "
             f"(bspline, {floor:.1f} dB).",
             "metrics",
-        )
-    ]
-
-
-def _gains(material: Material) -> list[Finding]:
-    fitted = {n: r.gains for n, r in material.methods.items() if r.gains}
-    if not fitted:
-        return []
-    low, high = GAIN_RANGE
-    off = [
-        f"{label} ({gain:.2f} by {name})"
-        for name, gains in fitted.items()
-        for label, gain in gains.items()
-        if not low <= gain <= high
-    ]
-    return [
-        Finding(
-            "Gain of stacks",
-            bool(off),
-            f"The intensity of {_list(off)} differs from the others by more than a normal scan "
-            "does: was the contrast or the receiver changed?"
-            if off
-            else f"All within {low:g} to {high:g}.",
-            "metrics",
+            "held-out",
         )
     ]
 

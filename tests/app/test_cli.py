@@ -133,3 +133,31 @@ def test_verbosity(capsys):
     log.configure(1).debug("loud")
     assert "loud" in (shown := capsys.readouterr().err)
     assert "quiet" not in shown
+
+
+def test_both_levels_in_one_call(tiny_dataset, tmp_path, monkeypatch):
+    from irem_bids import cohort
+
+    from .group_material import write_cohort
+
+    def participants(discovery, bids_dir, output_dir, settings, *, reports_only):
+        write_cohort(output_dir, 2)
+        return ExitCode.FAILURE
+
+    monkeypatch.setattr(cohort, "run_cohort", participants)
+    words = [str(tiny_dataset), str(tmp_path / "out"), "participant", "group"]
+    assert cli.main(words) == ExitCode.FAILURE, "the participants' failure is still told"
+    page = (tmp_path / "out" / "group_T1w.html").read_text()
+    assert "2 participants, 2 results" in page
+    assert '<a href="sub-1.html">' in page or "sub-1.html" in page
+    assert (tmp_path / "out" / "group_T1w.tsv").read_text().count("\n") == 3
+
+
+def test_boilerplate_only_writes_the_methods_text(tiny_dataset, tmp_path):
+    words = [str(tiny_dataset), str(tmp_path / "out"), "participant", "--boilerplate-only"]
+    assert cli.main([*words, "--method", "srr"]) == 0
+    written = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
+    assert written == ["logs/CITATION.bib", "logs/CITATION.md", "logs/CITATION.tex"]
+    text = (tmp_path / "out" / "logs" / "CITATION.md").read_text()
+    assert "super-resolution" in text
+    assert "network of IREM" not in text

@@ -177,9 +177,11 @@ def test_group_table(tmp_path: Path) -> None:
     ]
     described = json.loads((tmp_path / "group_T1w.json").read_text())
     assert list(described) == list(rows[0])
-    assert "dB" in described["held_out_psnr"]["Description"]
+    assert described["held_out_psnr"]["Units"] == "dB"
+    assert "Units" not in described["participant_id"]
     assert described["self_consistency_axial1"]["Description"].endswith("axial1")
     assert (tmp_path / "group_T2w.tsv").read_text().count("\n") == 2
+    assert "All participants, T1w" in (tmp_path / "group_T1w.html").read_text()
 
 
 def test_group_level_without_metrics(tmp_path: Path) -> None:

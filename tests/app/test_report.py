@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
 from dataclasses import replace
@@ -29,6 +32,7 @@ from irem_bids.report import (
     write_citation,
 )
 from irem_bids.report import material as report_material
+from irem_bids.report.latex import document, latex
 from irem_bids.report.methods import citation_keys, readable
 from irem_bids.settings import Settings
 
@@ -52,7 +56,7 @@ class Page(HTMLParser):
         self.open.append(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text += data
 
     def handle_endtag(self, tag: str) -> None:
@@ -119,8 +123,14 @@ def test_every_picture_exists_and_has_words(built):
 def assert_offline(path: Path) -> None:
     """No tag or style makes a browser fetch something from elsewhere."""
     html = path.read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\(|https?:", scripts[0])
     for tag, attributes in Page(path).tags:
-        assert tag not in ("script", "iframe", "object", "embed", "link", "base")
+        assert tag not in ("iframe", "object", "embed", "link", "base")
+        assert tag != "script" or attributes == {}
         for name in ("src", "href", "data", "srcset", "poster", "action"):
             value = attributes.get(name) or ""
             assert not re.match(r"\s*([a-z+.-]+:|//)", value, re.IGNORECASE), (tag, value)
@@ -158,11 +168,26 @@ def test_hostile_strings_are_text(tmp_path):
     page = Page(path)
     assert_offline(path)
     assert not page.all("b") or all(not a for a in page.all("b"))
-    assert "<script" not in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8").count("<script") == 1
     assert page.text.count(HOSTILE) >= 8
     assert "sub-01<b>&'" in page.text
     for image in page.all("img"):
         assert (tmp_path / "out" / unquote(image["src"] or "")).exists()
+
+
+def test_hostile_labels_in_a_finding_are_text(tmp_path):
+    """A name that contradicts its image is quoted in the summary, whatever it holds."""
+    inp = make_input(tmp_path / "work", names=("irem",))
+    first, *others = inp.group.stacks
+    name = "sub-01_acq-cor<script>alert('x')&\"ü_T1w.nii.gz"
+    odd = replace(first, path=f"/data/<i>&/{name}", slice_thickness=2.0)
+    inp = replace(inp, group=replace(inp.group, stacks=(odd, *others)))
+    (tmp_path / "out").mkdir()
+    path = build_report([inp], tmp_path / "out", "01")
+    page = Page(path)
+    assert_offline(path)
+    assert f"{name} says coronal but its affine is axial" in page.text
+    assert page.all("i") == []
 
 
 def test_a_failed_group_has_a_page(tmp_path):
@@ -175,6 +200,44 @@ def test_a_failed_group_has_a_page(tmp_path):
     assert "The run failed in normalise." in page.text
     assert "Traceback: line 7" in page.text
     assert page.all("img") == []
+
+
+def test_viewer_holds_every_volume_on_one_grid(built):
+    """The pictures in the page decode to the head, in radiological order of tiles."""
+    page = Page(built[2])
+    (root,) = [a for _, a in page.tags if a.get("class") == "viewer"]
+    x, y, z = (int(v) for v in (root["data-shape"] or "").split())
+    start = [int(v) for v in (root["data-start"] or "").split()]
+    assert max(x, y, z) <= 192
+    holders = page.all("template")
+    assert [h["data-name"] for h in holders] == [
+        "irem", "bspline", "axial1", "coronal1", "sagittal1",
+    ]  # fmt: skip
+    volumes = []
+    for holder in holders:
+        sheet = Image.open(io.BytesIO(base64.b64decode(holder["data-image"] or "")))
+        columns = int(holder["data-columns"] or 0)
+        assert sheet.width == columns * x and sheet.height % y == 0
+        pixels = np.asarray(sheet.convert("L")).astype(float)
+        tiles = pixels.reshape(-1, y, columns, x).swapaxes(1, 2).reshape(-1, y, x)[:z]
+        assert tiles[start[2], start[1], start[0]] > 30
+        assert tiles[0, 0, 0] < 20
+        volumes.append(tiles)
+    for tiles in volumes[1:]:
+        assert np.corrcoef(tiles.ravel(), volumes[0].ravel())[0, 1] > 0.85
+    half = x // 2
+    assert volumes[0][:, :, half:].mean() > volumes[0][:, :, :half].mean(), "right is brighter"
+    assert len(page.all("canvas")) == 3
+    assert all(c["aria-label"] and c["tabindex"] == "0" for c in page.all("canvas"))
+    names = [label for label in ("▶ irem", "axial1") if label in page.text]
+    assert len(names) == 2
+
+
+def test_no_viewer_without_a_result(tmp_path):
+    inp = make_input(tmp_path / "work", names=("irem",))
+    (inp.methods["irem"] / "volume.nii.gz").unlink()
+    page = Page(build_report([inp], tmp_path, "01"))
+    assert page.all("canvas") == [] and page.all("template") == []
 
 
 def test_half_a_method_is_shown_as_such(tmp_path):
@@ -239,6 +302,7 @@ def test_each_defect_is_named(tmp_path):
         "Movement between stacks",
         "Held-out voxels",
         "Gain of stacks",
+        "Field of view",  # 15 mm away, the phantom leaves its stack
     }
     assert "axial and coronal" in found["Orientations"].text
     assert "sagittal1 by 15.0 mm and 11.5°" in found["Movement between stacks"].text
@@ -252,8 +316,22 @@ def test_one_pair_that_got_worse_is_named(tmp_path):
     pairs[1]["after"] = 0.5
     inp = make_input(tmp_path / "w", replace(ready, metrics={**ready.metrics, "ncc_pairs": pairs}))
     found = findings(inp)
-    assert list(found) == ["Registration of pairs"]
+    assert set(found) == {"Registration of pairs", "Misregistered stack"}
     assert "axial1 with sagittal1 (0.660 to 0.500)" in found["Registration of pairs"].text
+
+
+def test_metrics_stand_beside_the_range_of_the_cohort(tmp_path):
+    inp = replace(make_input(tmp_path / "w", names=("irem",)), out_dir=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    text = Page(build_report([inp], tmp_path / "out", "01")).text
+    assert "No range of a cohort yet" in text
+    lines = ["participant_id\tmethod\theld_out_psnr\theld_out_ncc"]
+    lines += [f"sub-{i}\tirem\t{33 + 0.1 * i}\tn/a" for i in range(9)]
+    (tmp_path / "out" / "group_T1w.tsv").write_text("\n".join(lines) + "\n")
+    text = Page(build_report([inp], tmp_path / "out", "01")).text
+    assert "No range" not in text
+    row = re.search(r"Held-out PSNR \(dB\)\s+30.00\s+33.40\s+33.04 to 33.76\s+below\s+9", text)
+    assert row is not None
 
 
 # ------------------------------------------------------------------------------ methods
@@ -317,9 +395,22 @@ def test_values_as_text():
 def test_citation_files(tmp_path):
     text = methods_text(Settings())
     paths = write_citation(tmp_path / "logs", text)
-    assert [p.name for p in paths] == ["CITATION.md", "CITATION.bib"]
+    assert [p.name for p in paths] == ["CITATION.md", "CITATION.tex", "CITATION.bib"]
     assert paths[0].read_text() == text
-    assert "wu2021irem" in paths[1].read_text()
+    assert r"\citep{wu2021irem}" in paths[1].read_text()
+    assert "wu2021irem" in paths[2].read_text()
+
+
+def test_latex_is_escaped_and_whole():
+    text = "5 % of `a_b` & {x} #1 $2^3 ~ \\ [@one2020a; @two2021b]"
+    assert latex(text) == (
+        r"5 \% of \texttt{a\_b} \& \{x\} \#1 \$2\textasciicircum{}3 \textasciitilde{} "
+        r"\textbackslash{} \citep{one2020a,two2021b}"
+    )
+    whole = document(methods_text(Settings()))
+    body = re.sub(r"\\[{}]", "", whole)
+    assert body.count("{") == body.count("}")
+    assert not re.search(r"(?<!\\)[%&#_]", re.sub(r"\\\w+\{[^}]*\}", "", whole))
 
 
 # -------------------------------------------------------------------------------- views
@@ -383,14 +474,16 @@ def test_long_curves_are_thinned():
 
 def test_figures_tell_what_could_not_be_drawn(tmp_path):
     inp = make_input(tmp_path / "work", names=("irem",))
-    (inp.methods["irem"] / "model.safetensors").write_bytes(b"broken")
+    fit = json.loads((inp.methods["irem"] / "fit.json").read_text())
+    fit["history"]["loss"] = ["broken"] * 30
+    (inp.methods["irem"] / "fit.json").write_text(json.dumps(fit))
     material = report_material.load(inp)
     figures = make_figures(inp, tmp_path / "figures", material)
     assert [f.path.name for f in figures if f.section == "mosaic"] == [
         "sub-01_desc-mosaicirem_T1w.png"
     ]
     assert len(material.problems) == 1
-    assert "residual of irem" in material.problems[0]
+    assert "training of irem" in material.problems[0]
 
 
 def test_methods_that_really_ran(tmp_path):

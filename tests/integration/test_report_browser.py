@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from irem_bids.pages import run_group
 from irem_bids.report import build_report
+from irem_bids.settings import Settings
 
+from ..app.group_material import write_cohort
 from ..app.report_material import make_input
 
+LOCAL = ("file:", "data:")  # addresses that no request leaves the machine for
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -43,7 +47,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(executable_path=driver)
     window = webdriver.Chrome(options=options, service=service)
-    window.set_page_load_timeout(60)
+    window.set_page_load_timeout(180)
     yield window
     window.quit()
 
@@ -91,7 +95,7 @@ def test_page_opens_from_disk(browser: Any, page: Path, width: int) -> None:
     assert [p for p in pictures if not p[1] or not p[2]] == []
     asked = requests(browser)
     assert len(asked) > 20
-    assert [url for url in asked if not url.startswith("file:")] == []
+    assert [url for url in asked if not url.startswith(LOCAL)] == []
     assert browser.get_log("browser") == []
     wide = browser.execute_script("return document.documentElement.scrollWidth")
     assert wide <= width, "the page scrolls sideways"
@@ -127,6 +131,169 @@ def test_flicker_and_sections_work_by_keyboard_and_mouse(browser: Any, page: Pat
     assert abs(top) < 900
 
 
+def shown(browser: Any, canvas: str) -> str:
+    """What a canvas of the viewer shows, as text to compare."""
+    script = f"return document.querySelector('canvas[data-plane={canvas}]').toDataURL()"
+    return str(browser.execute_script(script))
+
+
+def wait_for(browser: Any, script: str) -> Any:
+    """The value of ``script`` once it is true, a minute at most."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(browser, 60).until(lambda b: b.execute_script(f"return {script}"))
+
+
+READOUT = "document.querySelector('.viewer output').textContent"
+
+
+def test_viewer_moves_one_cursor_in_all_planes(browser: Any, page: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, page)
+    browser.find_element(By.CSS_SELECTOR, "nav a[href='#reconstruction']").click()
+    before = wait_for(browser, READOUT)
+    assert before.startswith("irem at ")
+    planes = ("axial", "coronal", "sagittal")
+    old = {plane: shown(browser, plane) for plane in planes}
+    canvas = browser.find_element(By.CSS_SELECTOR, "canvas[data-plane=axial]")
+    canvas.send_keys(Keys.ARROW_LEFT * 4)
+    after = wait_for(browser, READOUT)
+    assert after.split(", ")[0] != before.split(", ")[0], "four voxels to the patient's right"
+    assert after.split(", ")[1] == before.split(", ")[1]
+    for plane in planes:
+        assert shown(browser, plane) != old[plane], f"the {plane} plane did not follow"
+    canvas.click()
+    centred = wait_for(browser, READOUT)
+    canvas.send_keys(Keys.PAGE_UP * 3)
+    moved = wait_for(browser, READOUT)
+    assert moved.split(", ")[:2] == centred.split(", ")[:2]
+    assert moved.split(", ")[2].split(":")[0] != centred.split(", ")[2].split(":")[0]
+    assert browser.get_log("browser") == []
+
+
+def test_viewer_switches_images_and_zooms(browser: Any, page: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    show(browser, page)
+    wait_for(browser, READOUT)
+    of_method = shown(browser, "coronal")
+    place = wait_for(browser, READOUT).split(" at ")[1].split(" mm")[0]
+    labels = browser.find_elements(By.CSS_SELECTOR, ".viewer fieldset label")
+    assert [label.text for label in labels] == [
+        "▶ irem", "▶ bspline", "axial1", "coronal1", "sagittal1",
+    ]  # fmt: skip
+    labels[2].click()
+    wait_for(browser, f"{READOUT}.startsWith('axial1 at {place}')")
+    of_stack = shown(browser, "coronal")
+    assert of_stack != of_method
+    browser.find_element(By.CSS_SELECTOR, ".viewer button[value='in']").click()
+    assert "zoom 1.5" in wait_for(browser, READOUT)
+    assert shown(browser, "coronal") != of_stack
+    canvas = browser.find_element(By.CSS_SELECTOR, "canvas[data-plane=coronal]")
+    canvas.send_keys("p")
+    wait_for(browser, f"{READOUT}.startsWith('bspline at')")
+    canvas.send_keys("n")
+    wait_for(browser, f"{READOUT}.startsWith('axial1 at')")
+    asked = requests(browser)
+    assert [url for url in asked if not url.startswith(LOCAL)] == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The group page of 60 participants; the one that is far off has a real report."""
+    root = tmp_path_factory.mktemp("group")
+    inp = make_input(root / "work", names=("irem",))
+    (root / "out").mkdir()
+    write_cohort(root / "out", 60)
+    build_report([inp], root / "out", "03")
+    run_group(root / "out", Settings())
+    return root / "out" / "group_T1w.html"
+
+
+ROWS = "[...document.querySelectorAll('#rows tbody tr')]"
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_group_page_opens_from_disk(browser: Any, cohort: Path, width: int) -> None:
+    show(browser, cohort, width)
+    assert browser.title == "All participants, T1w"
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('#plots > .strips canvas')]"
+        ".map(c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
+    )
+    assert len(drawn) == 5 and min(drawn) > 5, "a plot is empty"
+    assert [url for url in requests(browser) if not url.startswith(LOCAL)] == []
+    assert browser.get_log("browser") == []
+    wide = browser.execute_script("return document.documentElement.scrollWidth")
+    assert wide <= width, "the page scrolls sideways"
+
+
+def test_group_table_sorts_and_filters(browser: Any, cohort: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    show(browser, cohort)
+    first = f"{ROWS}.map(r => r.querySelector('th').innerText)"
+    assert browser.execute_script(f"return {first}.length") == 50
+    heading = "//thead//button[starts-with(., 'held_out_psnr')]"
+    browser.find_element(By.XPATH, heading).click()
+    values = browser.execute_script(
+        f"return {ROWS}.map(r => parseFloat(r.querySelector('td.number').innerText))"
+    )
+    assert values == sorted(values)
+    assert browser.execute_script(f"return {first}[0]") == "sub-03"
+    assert browser.find_element(By.CSS_SELECTOR, "th[aria-sort]").get_attribute("aria-sort") == (
+        "ascending"
+    )
+    browser.find_element(By.XPATH, heading).click()
+    assert browser.execute_script(f"return {first}[0]") != "sub-03"
+    box = browser.find_element(By.ID, "filter")
+    box.send_keys("held_out_psnr<20 irem")
+    assert browser.execute_script(f"return {first}") == ["sub-03"]
+    assert browser.find_element(By.ID, "count").text == "1 of 60 rows"
+    box.clear()
+    box.send_keys("sub-1")
+    assert browser.execute_script(f"return {first}.length") == 10
+    assert browser.get_log("browser") == []
+
+
+def test_selection_is_carried_between_plots_and_table(browser: Any, cohort: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, cohort)
+    plots = browser.find_elements(By.CSS_SELECTOR, ".strips canvas")[:2]
+    script = "return arguments[0].toDataURL()"
+    before = [browser.execute_script(script, plot) for plot in plots]
+    plots[0].send_keys(Keys.HOME + Keys.ENTER)
+    assert "sub-03" in browser.find_element(By.ID, "chosen").text
+    after = [browser.execute_script(script, plot) for plot in plots]
+    assert after[0] != before[0] and after[1] != before[1]
+    browser.find_element(By.ID, "only-selected").click()
+    names = browser.execute_script(f"return {ROWS}.map(r => r.querySelector('th').innerText)")
+    assert [name.replace("◆", "").strip() for name in names] == ["sub-03"]
+    browser.find_element(By.CSS_SELECTOR, "#rows tbody input").click()
+    assert browser.find_element(By.ID, "chosen").text == "Nothing is selected."
+
+
+def test_an_outlier_leads_to_its_report(browser: Any, cohort: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    show(browser, cohort)
+    browser.find_element(By.CSS_SELECTOR, "#summary .verdict a").click()
+    wait_for(browser, "document.title === 'sub-03'")
+    assert wait_for(browser, READOUT).startswith("irem at ")
+    browser.back()
+    wait_for(browser, "document.title === 'All participants, T1w'")
+    link = browser.find_element(By.CSS_SELECTOR, ".outliers a")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", link)
+    link.click()
+    wait_for(browser, "document.title === 'sub-03'")
+    assert browser.current_url.endswith("/sub-03.html")
+
+
 def contrast(first: str, second: str) -> float:
     """WCAG contrast ratio of two colours as ``rgb(r, g, b)``."""
 
@@ -139,8 +306,12 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+@pytest.mark.parametrize("what", ["page", "cohort"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast_in_both_schemes(browser: Any, page: Path, scheme: str) -> None:
+def test_text_has_contrast_in_both_schemes(
+    browser: Any, scheme: str, what: str, request: pytest.FixtureRequest
+) -> None:
+    page = request.getfixturevalue(what)
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     show(browser, page)

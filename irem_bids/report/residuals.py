@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of how acquired and predicted slices differ, of slices' weights and motion, of doubt."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..reconstruction.geometry import RigidTransform
+from ..reconstruction.stack import Stack, read_image
+from . import plots, predicted, views
+from .finding import listed
+from .material import MethodResult
+from .slices import bad_slices
+from .studio import Figure, Studio, head_limits, zoomed
+
+TILE = 340  # pixels, about, of the longer side of a picture
+SPAN = 0.25  # residuals are shown within this part of the window, either way
+UNSURE = 0.25  # the map of uncertainty ends at this part of the window
+
+
+def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
+    """The middle slice of each stack: acquired, predicted from the result, and the difference."""
+    prepared = studio.material.prepared
+    if prepared is None or result.volume is None:
+        return []
+    black, white = studio.levels
+    span = SPAN * (white - black)
+    percentile = studio.material.inp.settings.normalise.intensity_percentile
+    figures = []
+    for stack, registered in zip(prepared.stacks, prepared.poses, strict=True):
+        pose = result.poses.get(stack.label, registered)
+        counts = stack.mask.sum(axis=tuple(a for a in range(3) if a != stack.slice_axis))
+        k = int(np.argmax(np.cumsum(counts) >= counts.sum() / 2))
+        guess = slice_prediction(stack, result, pose, k, prepared.scale)
+        image = _triple(studio, stack, guess, k, span)
+        figures.append(
+            Figure(
+                views.save_png(image, studio.path(f"residual{result.name}{stack.label}")),
+                "residual",
+                method=result.name,
+                stack=stack.label,
+                alt=f"middle slice of stack {stack.label} as acquired, as {result.name} predicts "
+                "it, and the residual",
+                caption=f"residual: purple is acquired above predicted by {span:.3g} or more, "
+                f"orange the reverse, in units of the {percentile:g}th percentile of the "
+                "foreground",
+            )
+        )
+    return figures
+
+
+def slice_prediction(
+    stack: Stack, result: MethodResult, pose: RigidTransform, k: int, scale: float
+) -> NDArray[np.float64]:
+    """(I, J, K) zero but for the foreground of slice ``k``, which is as ``result`` predicts it."""
+    out = np.zeros(stack.grid.shape)
+    keep = np.zeros(stack.grid.shape, dtype=bool)
+    place: list[slice | int] = [slice(None)] * 3
+    place[stack.slice_axis] = k
+    keep[tuple(place)] = stack.mask[tuple(place)]
+    index = np.argwhere(keep)
+    if len(index):
+        profile = result.name not in predicted.POINT_SAMPLED
+        out[keep] = predicted.voxels(stack, result, pose, index, profile=profile) / scale
+        out[keep] *= predicted.receiver(result, stack, pose)[keep]
+    return out
+
+
+def _triple(studio: Studio, stack: Stack, guess: NDArray, k: int, span: float) -> Image.Image:
+    full = views.canonical(stack.data, stack.grid)
+    normal = full.file_axis.index(stack.slice_axis)
+    plane = next(p for p, axis in views.NORMAL.items() if axis == normal)
+    mask = views.canonical(stack.mask, stack.grid)
+    limits = head_limits(mask.data, full.grid)
+    at = k if full.sign[normal] > 0 else full.grid.shape[normal] - 1 - k
+    limits[normal] = (at, at + 1)
+    part = views.crop(full, limits)
+    other = views.crop(views.canonical(guess, stack.grid), limits).data
+    inside = views.crop(mask, limits).data
+    size = views.pixel_size(part.grid, plane)
+    mm = min(size) / max(1, round(TILE / max(views.picture(part.data, plane, 0).shape)))
+    tiles = []
+    for name, values in (("acquired", part.data), ("predicted", other)):
+        pixels = views.grey(views.picture(values, plane, 0), studio.levels)
+        tiles.append(zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
+    difference = views.picture(np.where(inside, part.data - other, 0.0), plane, 0)
+    pixels = _coloured(0.5 + difference / (2 * span), "PuOr")
+    tiles.append(zoomed(pixels, part.grid, plane, mm, "residual"))
+    return views.montage(tiles, 3)
+
+
+def _coloured(values: NDArray, name: str) -> NDArray[np.uint8]:
+    colours = matplotlib.colormaps[name](np.clip(values, 0, 1))
+    return np.asarray(colours[..., :3] * 255).astype(np.uint8)
+
+
+def slice_plots(studio: Studio) -> list[Figure]:
+    """Per stack: residual of each slice, and the weights that methods gave, if any."""
+    figures = []
+    for label, fit in studio.material.slice_fits.items():
+        given = {
+            result.name: found[label]
+            for result in studio.material.methods.values()
+            if label in (found := predicted.slice_values(result, "slice_weights"))
+            and found[label].ndim == 1
+        }
+        bad = sorted(bad_slices(fit))
+        path = plots.slice_curves(fit.residual, given, bad, studio.path(f"slices{label}", "svg"))
+        if path is None:
+            continue
+        words = f"; marked: slice {listed([str(k) for k in bad])}" if bad else "; none stands out"
+        also = f" and weight by {listed(list(given))}" if given else ""
+        figures.append(
+            Figure(
+                path,
+                "slices",
+                stack=label,
+                alt=f"residual{also} of each slice of stack {label}{words}",
+                caption=f"stack {label}: residual{also} of each slice{words}",
+            )
+        )
+    return figures
+
+
+def motion_plots(studio: Studio, result: MethodResult) -> list[Figure]:
+    """Per stack: rotation and translation of each slice beyond its stack's pose."""
+    figures = []
+    for label, motion in predicted.slice_values(result, "slice_motion").items():
+        if motion.ndim != 2 or motion.shape[1] != 6 or not np.any(motion):
+            continue
+        path = studio.path(f"motion{result.name}{label}", "svg")
+        turn = float(np.rad2deg(np.linalg.norm(motion[:, :3], axis=1)).max())
+        shift = float(np.linalg.norm(motion[:, 3:], axis=1).max())
+        figures.append(
+            Figure(
+                plots.slice_motion(motion, path),
+                "motion",
+                method=result.name,
+                stack=label,
+                alt=f"motion of each slice of stack {label} as {result.name} found it: up to "
+                f"{turn:.2f} degrees and {shift:.2f} mm",
+                caption=f"stack {label}, {result.name}: up to {turn:.2f}° and {shift:.2f} mm",
+            )
+        )
+    return figures
+
+
+def uncertainty(studio: Studio, result: MethodResult) -> list[Figure]:
+    """``std.nii.gz`` of a method, where it left one: three planes through the head's middle."""
+    source = result.folder / "std.nii.gz"
+    prepared = studio.material.prepared
+    if not source.exists() or result.mask is None or prepared is None:
+        return []
+    values, grid = read_image(source)
+    mask = views.canonical(result.mask, result.grid) if result.grid is not None else None
+    if mask is None or grid.shape != result.mask.shape:
+        raise ValueError(f"std.nii.gz is {grid.shape}, the result {result.mask.shape}")
+    limits = head_limits(mask.data, mask.grid)
+    part = views.crop(views.canonical(values / prepared.scale, grid), limits)
+    inside = views.crop(mask, limits).data
+    middle = np.round(np.argwhere(inside).mean(axis=0)).astype(int)
+    black, white = studio.levels
+    most = UNSURE * (white - black)
+    mm = float(part.grid.voxel_size.min()) / max(1, round(TILE / max(part.grid.shape)))
+    tiles = []
+    for plane, axis in views.NORMAL.items():
+        pixels = _coloured(views.picture(part.data, plane, int(middle[axis])) / most, "viridis")
+        tiles.append(zoomed(pixels, part.grid, plane, mm))
+    typical = float(np.median(part.data[inside]))
+    return [
+        Figure(
+            views.save_png(views.montage(tiles, 3), studio.path(f"uncertainty{result.name}")),
+            "uncertainty",
+            method=result.name,
+            alt=f"uncertainty of {result.name}: sagittal, coronal and axial sections, the median "
+            f"in the head is {typical:.3g}",
+            caption=f"standard deviation, from 0 (dark violet) to {most:.3g} (yellow) in scaled "
+            f"intensity; median in the head {typical:.3g}",
+        )
+    ]

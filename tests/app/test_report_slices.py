@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted slices, and the figures of weights, motion of slices, and uncertainty."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from irem_bids.reconstruction.geometry import RigidTransform
+from irem_bids.reconstruction.stack import read_image, write_image
+from irem_bids.report import build_report, make_figures, predicted, residuals
+from irem_bids.report import material as report_material
+
+from .report_material import SCALE, head, make_input, prepared
+
+
+def edit_fit(folder, **changes):
+    path = folder / "fit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_predicted_slice_is_near_the_acquired_one(tmp_path):
+    ready = prepared()
+    material = report_material.load(make_input(tmp_path / "w", ready, ("irem",)))
+    result = material.methods["irem"]
+    stack, pose = ready.stacks[1], ready.poses[1]
+    guess = residuals.slice_prediction(stack, result, pose, 5, SCALE)
+    inside = guess != 0
+    assert set(np.argwhere(inside)[:, stack.slice_axis]) == {5}
+    truth = stack.data[inside] * 0.96  # the method's gain of this stack
+    assert np.corrcoef(guess[inside], truth)[0, 1] > 0.9  # a point sample, seen through a profile
+    assert np.median(guess[inside] / np.maximum(truth, 0.1)) == pytest.approx(1.0, abs=0.05)
+
+
+def test_motion_of_a_slice_is_followed(tmp_path):
+    """A slice that saw moved tissue is predicted where the method says that it was."""
+    ready = prepared()
+    stack = ready.stacks[0]
+    motion = RigidTransform.from_vector([0, 0, 0.1, 5.0, -3.0, 0.0], (1.0, 2.0, 3.0))
+    where = np.argwhere(stack.mask[:, :, 4])
+    index = np.insert(where, 2, 4, axis=1)
+    seen = head(motion.apply(stack.grid.to_world(index)))
+    inp = make_input(tmp_path / "w", ready, ("irem",))
+    vectors = np.zeros((10, 6))
+    vectors[4] = motion.to_vector((1.0, 2.0, 3.0))
+    matrices = np.array([np.eye(4)] * 10)
+    matrices[4] = motion.matrix
+
+    def error(**record) -> float:
+        edit_fit(inp.methods["irem"], **record)
+        result = report_material.load(inp).methods["irem"]
+        guess = predicted.voxels(stack, result, RigidTransform(), index, profile=False) / SCALE
+        return float(np.abs(guess - seen).mean())
+
+    still = error()
+    by_vector = error(slice_motion={"axial1": vectors.tolist()}, slice_pivot=[1.0, 2.0, 3.0])
+    by_matrix = error(slice_motion={}, slice_poses={"axial1": matrices.tolist()})
+    assert by_vector < 0.35 * still
+    assert by_matrix == pytest.approx(by_vector, abs=1e-6)
+
+
+def test_width_of_the_profile_in_both_notations(tmp_path):
+    inp = make_input(tmp_path / "w", names=("irem",))
+    thickness = {"axial1": 5.0, "coronal1": 5.0}
+    edit_fit(inp.methods["irem"], widths={"axial1": 1.2, "coronal1": "x", "other": 3})
+    result = report_material.load(inp).methods["irem"]
+    assert predicted.widths(result, thickness) == {"axial1": 6.0}
+    edit_fit(inp.methods["irem"], profile_width={"axial1": 7.0})
+    result = report_material.load(inp).methods["irem"]
+    assert predicted.widths(result, thickness) == {"axial1": 7.0}
+
+
+def test_receiver_has_gain_and_bias(tmp_path):
+    ready = prepared()
+    inp = make_input(tmp_path / "w", ready, ("irem",))
+    result = report_material.load(inp).methods["irem"]
+    plain = predicted.receiver(result, ready.stacks[1], ready.poses[1])
+    assert np.all(plain == 0.96)
+
+
+def test_weights_motion_and_uncertainty_are_drawn(tmp_path):
+    ready = prepared()
+    data = ready.stacks[0].data.copy()
+    data[:, :, 4] *= 0.2
+    stacks = (ready.stacks[0].with_data(data), *ready.stacks[1:])
+    inp = make_input(tmp_path / "w", replace(ready, stacks=stacks), ("irem",))
+    folder = inp.methods["irem"]
+    motion = np.zeros((10, 6))
+    motion[3, 0], motion[6, 4] = np.deg2rad(2.0), 1.5
+    weights = [1.0] * 4 + [0.05] + [1.0] * 5
+    edit_fit(folder, slice_motion={"axial1": motion.tolist()}, slice_weights={"axial1": weights})
+    volume, grid = read_image(folder / "volume.nii.gz")
+    write_image(folder / "std.nii.gz", np.where(volume > 0, 0.1 * SCALE, 0), grid)
+    material = report_material.load(inp)
+    figures = {
+        (f.section, f.stack): f for f in make_figures(inp, tmp_path / "f", material)
+    }  # the last one of each
+    assert material.problems == []
+    slices = figures["slices", "axial1"]
+    assert slices.alt == (
+        "residual and weight by irem of each slice of stack axial1; marked: slice 4"
+    )
+    assert "none stands out" in figures["slices", "coronal1"].alt
+    assert "weight by irem" in slices.path.read_text()
+    moved = figures["motion", "axial1"]
+    assert "up to 2.00 degrees and 1.50 mm" in moved.alt
+    assert moved.path.stat().st_size > 2000
+    doubt = figures["uncertainty", ""]
+    assert "median in the head is 0.1" in doubt.alt
+    assert np.ptp(np.asarray(Image.open(doubt.path)).astype(int), axis=2).max() > 60
+    html = build_report([inp], tmp_path, "01").read_text()
+    for words in ("Uncertainty", "Motion of single slices", ">Slices<"):
+        assert words in html
+
+
+def test_wrong_map_of_uncertainty_is_told(tmp_path):
+    inp = make_input(tmp_path / "w", names=("irem",))
+    _, grid = read_image(inp.methods["irem"] / "volume.nii.gz")
+    write_image(inp.methods["irem"] / "std.nii.gz", np.ones((3, 3, 3)), grid)
+    material = report_material.load(inp)
+    make_figures(inp, tmp_path / "f", material)
+    assert ["uncertainty of irem" in text for text in material.problems] == [True]
