@@ -17,6 +17,7 @@ from .material import GroupLike
 PROFILES = {
     "gaussian": "a Gaussian slice profile whose full width at half maximum is the slice thickness",
     "box": "a box-shaped slice profile as wide as the slice is thick",
+    "sinc": "the slice profile of a Hamming-windowed sinc pulse as wide as the slice is thick",
     "none": "no slice profile (each voxel is a point sample)",
 }
 METHOD_NAMES = {
@@ -142,7 +143,7 @@ def _srr(settings: Settings) -> str:
     )
     return (
         "The method `srr` finds the image whose simulated slices, computed with "
-        f"{PROFILES[settings.acquisition.profile]}, are nearest to the acquired ones in the "
+        f"{_profile(settings)}, are nearest to the acquired ones in the "
         "least-squares sense under a total-variation penalty "
         f"({weight}, Huber width {chosen.srr_huber:g}; "
         f"{chosen.srr_iterations} conjugate-gradient iterations, {chosen.srr_reweightings} "
@@ -151,18 +152,25 @@ def _srr(settings: Settings) -> str:
     )
 
 
+def _profile(settings: Settings) -> str:
+    acquisition = settings.acquisition
+    if acquisition.profile_file and acquisition.profile != "none":
+        return "a measured slice profile"
+    return PROFILES[acquisition.profile]
+
+
 def _irem(settings: Settings) -> str:
     chosen = settings.irem
     refine = (
-        f" Poses and one gain per stack were refined together with the image in "
-        f"{chosen.pose_rounds} rounds."
+        f" Poses, one gain and a smooth bias per stack were refined together with the image in "
+        f"{chosen.pose_rounds} rounds a resolution{_motion(settings)}."
         if chosen.refine_poses and chosen.pose_rounds
         else ""
     )
     return (
         "The method `irem` represents the head as a continuous function of position, following "
         "the idea of IREM [@wu2021irem]. Unlike there, a voxel is the weighted mean of the "
-        f"function through the slice ({PROFILES[settings.acquisition.profile]}, "
+        f"function through the slice ({_profile(settings)}, "
         f"{settings.acquisition.profile_points} quadrature points), and the function stands on a "
         "profile-aware linear solution [@gholipour2010robust; @ebner2020automated] to which a "
         f"multiresolution feature grid ({chosen.levels} levels of {chosen.features} features) with "
@@ -170,6 +178,21 @@ def _irem(settings: Settings) -> str:
         f"{chosen.epochs:g} pass{'' if chosen.epochs == 1 else 'es'} "
         f"with an edge-preserving penalty (weight {chosen.penalty:g})." + refine
     )
+
+
+def _motion(settings: Settings) -> str:
+    chosen = settings.irem
+    words = {
+        "stack": "",
+        "slice": ", with a pose for each slice, whose path is a random walk in the order of "
+        "acquisition",
+        "auto": ", with a pose for each slice where that predicts held-out voxels better",
+    }[chosen.motion]
+    if settings.acquisition.learn_width:
+        words += ", and the width of each stack's slice profile was estimated"
+    if chosen.robust:
+        words += "; slices that did not fit were given less weight"
+    return words
 
 
 def _irem2021(settings: Settings) -> str:
