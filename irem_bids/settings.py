@@ -76,10 +76,13 @@ class Selection:
         choices=MODALITIES,
     )
     bids_filter_file: str | None = option(
-        None, "JSON file of pybids filters under the key 'stack'", metavar="FILE"
+        None, "JSON file of filters as for pybids under the key 'stack'", metavar="FILE"
     )
     bids_database_dir: str | None = option(
-        None, "folder of a pybids database to create and reuse", metavar="DIR", nohash=True
+        None,
+        "folder that remembers headers and sidecars of the dataset, to create and reuse",
+        metavar="DIR",
+        nohash=True,
     )
     skip_bids_validation: bool = option(
         False, "do not ask that file names be valid BIDS", nohash=True
