@@ -23,7 +23,7 @@ from .config import settings_to_toml
 from .exitcodes import ExitCode, UserError
 from .groups import Group
 from .products import Result
-from .resources import Resources, resolve
+from .resources import Resources, resolve, visible_gpus
 from .settings import Settings
 from .tables import run_group, table_text
 
@@ -209,6 +209,9 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
 
 def environment(run: Run, resources: Resources) -> None:
     """Variables that workers inherit: threads, no network, a home that can be written."""
+    visible = visible_gpus()
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(resources.threads)
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(resources.threads)
@@ -258,7 +261,8 @@ def choose_plugin(
     if settings.run.use_plugin:
         return read_plugin(settings.run.use_plugin)
     chains = count * len(settings.output.method)
-    if chains == 1 or resources.nprocs < 2 * resources.threads:
+    beside = 1 if resources.gpu else resources.threads  # a training on a GPU takes one processor
+    if chains == 1 or resources.nprocs < resources.threads + beside:
         return "Linear", {}
     return "MultiProc", {
         "n_procs": resources.nprocs,

@@ -255,6 +255,12 @@ class Run:
 
     random_seed: int = option(2021, "seed of everything random", flags=("--seed",), low=0)
     device: str = option("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'", nohash=True)
+    gpus: int | None = option(
+        None,
+        "GPUs used, one training on each at a time; 0: none; default: all that this process sees",
+        low=0,
+        nohash=True,
+    )
     nprocs: int | None = option(
         None,
         "processors used in all; default: those available to this process",

@@ -151,7 +151,7 @@ def init_method_nodes(
         "label": group.name,
         "settings": completion.method_settings(settings, method),
         "checkpoints": str(place.checkpoints),
-        "devices": list(resources.devices),
+        "devices": list(resources.claims),
         "use_gpu": resources.gpu,
         "threads": resources.threads,
     }
