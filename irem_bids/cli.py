@@ -68,9 +68,11 @@ def _run(argv: Sequence[str]) -> ExitCode:
             )
     from .checks import check_dataset, check_output
     from .config import read_config, with_absolute_paths
+    from .resources import limit_threads
 
     base = read_config(arguments.config_file) if arguments.config_file else Settings()
     settings = with_absolute_paths(settings_from(arguments, base))
+    limit_threads(settings.run)
     bids_dir, output_dir = Path(arguments.bids_dir), Path(arguments.output_dir)
     check_dataset(bids_dir, strict=not settings.selection.skip_bids_validation)
     check_output(bids_dir, output_dir)

@@ -11,7 +11,7 @@ from typing import Any
 from . import derivatives
 from .atomic import write_text
 from .exitcodes import ExitCode, UserError
-from .resources import Resources, visible_gpus
+from .resources import Resources, set_thread_variables, visible_gpus
 from .settings import Settings
 
 LOG = logging.getLogger("irem_bids")
@@ -22,9 +22,7 @@ def environment(work_dir: Path, resources: Resources) -> None:
     visible = visible_gpus()
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(resources.threads)
-    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(resources.threads)
+    set_thread_variables(resources.threads)
     level = "INFO" if LOG.isEnabledFor(logging.DEBUG) else "CRITICAL"
     names = ("workflow", "interface", "utils")
     config = "\n".join(["[logging]", *(f"{name}_level = {level}" for name in names)])

@@ -235,6 +235,22 @@ def resolve(run: Run) -> Resources:
     return Resources(nprocs, threads, memory, devices, names)
 
 
+def limit_threads(run: Run) -> None:
+    """Tell libraries that are loaded later how many threads a step has.
+
+    BLAS and OpenMP read it when they are loaded, so it is said before numpy is imported.
+    """
+    nprocs = run.nprocs or available_cpus()
+    set_thread_variables(min(run.omp_nthreads or min(nprocs, MOST_THREADS), nprocs))
+
+
+def set_thread_variables(count: int) -> None:
+    """The variables by which libraries learn their number of threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(count)
+
+
 @contextlib.contextmanager
 def claimed_device(devices: Sequence[str], locks: Path) -> Iterator[str]:
     """Hold one of ``devices`` (:attr:`Resources.claims`), alone; waits while all are taken.

@@ -12,6 +12,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -247,3 +249,17 @@ def test_limits_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     second = resources.resolve(Run(nprocs=1, mem="8G", device="cuda:1"))
     assert (second.threads, second.claims) == (1, ("cuda:1@GPU-b",))
     assert resources.resolve(Run(nprocs=6, mem="8G", gpus=0)).claims == ("cpu",)
+
+
+def test_libraries_are_told_their_threads_before_numpy_is_there(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from irem_bids import cli; cli.main(sys.argv[1:]);"
+        "print('numpy' in sys.modules, os.environ['OMP_NUM_THREADS'])"
+    )
+    (tmp_path / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.9.0"}')
+    arguments_ = [str(tmp_path), str(tmp_path.parent / "out"), "participant", "--nprocs", "3"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "COV_CORE_SOURCE")}
+    command = [sys.executable, "-c", code, *arguments_, "--device", "bad"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean, check=True)
+    assert done.stdout.split() == ["False", "3"]
+    assert "--device is 'bad'" in done.stderr
