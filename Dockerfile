@@ -18,16 +18,17 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY requirements.lock docker/cpu.lock docker/cuda.lock docker/slim ./
+COPY requirements.lock docker/cpu.lock docker/cuda.lock ./
 RUN python3 -m venv /opt/irem-bids \
     && /opt/irem-bids/bin/pip install -r requirements.lock -r "${TORCH}.lock"
 COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY docker/slim docker/selftest ./
 COPY irem_bids irem_bids
 RUN /opt/irem-bids/bin/pip install --no-deps --no-build-isolation . \
     && mkdir -p /opt/templateflow \
-    && NO_ET=1 TEMPLATEFLOW_HOME=/opt/templateflow TEMPLATEFLOW_AUTOUPDATE=0 \
-       /opt/irem-bids/bin/python -W ignore -c 'import templateflow.conf' \
-    && sh slim /opt/irem-bids \
+    && export NO_ET=1 TEMPLATEFLOW_HOME=/opt/templateflow TEMPLATEFLOW_AUTOUPDATE=0 \
+    && /opt/irem-bids/bin/python -W ignore -c 'import templateflow.conf' \
+    && sh slim /opt/irem-bids selftest \
     && chmod -R a+rX /opt
 COPY docker/entrypoint docker/selftest /opt/irem-bids/bin/
 
@@ -57,6 +58,7 @@ ENV PATH=/opt/irem-bids/bin:/usr/local/bin:/usr/bin:/bin \
     TEMPLATEFLOW_AUTOUPDATE=0 \
     MPLCONFIGDIR=/tmp/irem-bids/matplotlib \
     NIPYPE_CONFIG_DIR=/tmp/irem-bids/nipype \
+    NUMBA_CACHE_DIR=/tmp/irem-bids/numba \
     XDG_CACHE_HOME=/tmp/irem-bids/cache \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

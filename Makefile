@@ -15,7 +15,7 @@ PYTEST_OPTIONS ?=
 help:
 	@echo "make demo   simulate three stacks, reconstruct them, score the result ($(BUILD)/demo)"
 	@echo "make test   the tests, with coverage of at least $(COVERAGE) %"
-	@echo "make lint   ruff, mypy, import-linter, shellcheck, hadolint"
+	@echo "make lint   ruff, mypy, import-linter, shellcheck, hadolint, actionlint"
 	@echo "make docs   the documentation, in $(BUILD)/docs"
 	@echo "make clean  remove what these made, the environment $(VENV) too"
 
@@ -43,6 +43,7 @@ lint-imports: tools
 lint-scripts: tools
 	$(BIN)/shellcheck -x $$(grep -lrE '^#!.*\b(ba)?sh\b' .ci docker docs --exclude-dir=cache)
 	$(BIN)/hadolint Dockerfile
+	bash .ci/actionlint
 
 docs: tools
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs $(BUILD)/docs

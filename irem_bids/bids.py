@@ -13,8 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .database import Database
 from .groups import Discovery, Excluded, Group, Rejected, StackFile, describe
-from .images import check_voxels, read_header, reason_by_name, reason_by_sidecar, slice_thickness
+from .images import (
+    SIDECAR_FIELDS,
+    check_voxels,
+    read_header,
+    reason_by_name,
+    reason_by_sidecar,
+    slice_thickness,
+)
 from .layout import ImageFile, list_images, select_subjects
 from .masks import MaskFile, find_masks, link_name, match_masks
 from .names import Sidecars, natural_key
@@ -60,6 +68,7 @@ class _Inspection:
     isotropic_ratio: float
     acquisition: Acquisition
     sidecars: Sidecars
+    database: Database
     masks: dict[str, list[MaskFile]]
     shared_names: frozenset[tuple]
     read_voxels: bool
@@ -85,6 +94,7 @@ def discover(
         ``--derivatives`` is missing (66); a bad filter file (64).
     """
     root = Path(bids_dir).resolve()
+    database = Database(root, settings.selection.bids_database_dir)
     subjects = select_subjects(root, settings.selection)
     images = list_images(root, subjects, settings.selection)
     masks = find_masks(settings.selection.derivatives, subjects)
@@ -98,12 +108,14 @@ def discover(
     inspection = _Inspection(
         settings.selection.isotropic_ratio,
         settings.acquisition,
-        Sidecars(root),
+        Sidecars(root, database, SIDECAR_FIELDS),
+        database,
         masks,
         _shared_names(images),
         read_voxels,
     )
     candidates = _inspect_all(images, inspection, settings.run.nprocs, progress)
+    database.save()
     for number, folder in enumerate(settings.selection.derivatives):
         prefix = f"bids:{link_name(number)}:"
         if not any(((c.stack and c.stack.mask_uri) or "").startswith(prefix) for c in candidates):
@@ -155,9 +167,9 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
     if reason:
         return _Candidate(image, reason=reason)
     try:
-        header = read_header(image.path, inspection.isotropic_ratio)
+        header = read_header(image.path, inspection.isotropic_ratio, inspection.database)
         if inspection.read_voxels:
-            check_voxels(image.path)
+            inspection.database.recall(image.path, "voxels", lambda: check_voxels(image.path))
         mask = _mask_of(image, header.grid, inspection)
     except (ImageError, GeometryError, OSError) as error:
         reason = str(error).removeprefix(f"{image.path.name}: ")

@@ -103,10 +103,10 @@ def check_resources(run: Run) -> None:
     """Refuse a memory size that is none (64) and a GPU that is not there (75)."""
     if run.mem is not None:
         parse_memory(run.mem)
-    if run.device == "auto":
+    if run.device == "auto" and not run.gpus:
         return
     try:
-        choose_devices(run.device)
+        choose_devices(run.device, most=run.gpus)
     except UserError as error:
         if error.code is not ExitCode.TEMPORARY:
             raise

@@ -68,9 +68,11 @@ def _run(argv: Sequence[str]) -> ExitCode:
             )
     from .checks import check_dataset, check_output
     from .config import read_config, with_absolute_paths
+    from .resources import limit_threads
 
     base = read_config(arguments.config_file) if arguments.config_file else Settings()
     settings = with_absolute_paths(settings_from(arguments, base))
+    limit_threads(settings.run)
     bids_dir, output_dir = Path(arguments.bids_dir), Path(arguments.output_dir)
     check_dataset(bids_dir, strict=not settings.selection.skip_bids_validation)
     check_output(bids_dir, output_dir)
@@ -98,14 +100,19 @@ def _with_work_dir(bids_dir: Path, output_dir: Path, settings: Settings) -> Sett
 
 
 def _dry_run(bids_dir: Path, settings: Settings) -> ExitCode:
-    """Print what a run would use; the exit code is the run's."""
+    """Print what a run would use and need; the exit code is the run's."""
     from .bids import describe
 
     database = settings.selection.bids_database_dir
     if database is not None and not Path(database).exists():
         settings = settings.updated({"selection": {"bids_database_dir": None}})
     discovery = _discover(bids_dir, settings, dry_run=True)
-    sys.stdout.write(describe(discovery))
+    from .cost import estimate, summary
+    from .resources import resolve
+
+    resources = resolve(settings.run)
+    costs = {group.name: estimate(group, settings, resources) for group in discovery.groups}
+    sys.stdout.write(describe(discovery, costs) + summary(costs.values(), resources))
     return ExitCode.SUCCESS if discovery.groups else ExitCode.BAD_DATA
 
 

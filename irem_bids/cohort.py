@@ -6,7 +6,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 import shutil
 import sys
 import uuid
@@ -16,10 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, completion, dataset, derivatives, paths
+from . import __version__, completion, dataset, paths
 from .atomic import write_text
 from .bids import Discovery, dataset_links
 from .config import settings_to_toml
+from .engine import choose_plugin, configure, environment, quieten_nipype, start_plugin
 from .exitcodes import ExitCode, UserError
 from .groups import Group
 from .pages import run_group
@@ -89,7 +89,7 @@ def run_cohort(
     dataset.write_dataset_files(run.output_dir, dataset_links(bids_dir, settings))
     write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
     if reports_only:
-        environment(run, resources)
+        environment(run.work_dir, resources)
         outcomes = [_report_again(group, run) for group in discovery.groups]
         return close_run(outcomes, run)
     todo = []
@@ -171,7 +171,7 @@ def is_finished(group: Group, output_dir: Path, settings: Settings) -> bool:
 # ----------------------------------------------------------------------- the graph
 def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[Outcome]:
     """Build the graph, run it, and say what became of each group."""
-    environment(run, resources)
+    environment(run.work_dir, resources)
     from .workflow import Place, init_cohort_wf
 
     quieten_nipype()
@@ -186,7 +186,7 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
             failure.unlink()
     cohort_wf = init_cohort_wf(groups=groups, settings=run.settings, place=place)
     crashes = run.work_dir / "crashes" / run.name
-    configure(cohort_wf, run, crashes)
+    configure(cohort_wf, crashes, stop=run.settings.run.stop_on_first_crash)
     plugin, arguments = choose_plugin(len(groups), run.settings, resources)
     LOG.info(
         "%d group(s), %d processor(s), %d thread(s) a step, %.1f GB, %s, plugin %s",
@@ -206,103 +206,6 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
         if outcome.status == "failed":
             report_failure(group, outcome, place, run.settings)
     return outcomes
-
-
-def environment(run: Run, resources: Resources) -> None:
-    """Variables that workers inherit: threads, no network, a home that can be written."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(resources.threads)
-    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(resources.threads)
-    level = "INFO" if LOG.isEnabledFor(logging.DEBUG) else "CRITICAL"
-    names = ("workflow", "interface", "utils")
-    config = "\n".join(["[logging]", *(f"{name}_level = {level}" for name in names)])
-    write_text(run.work_dir / "nipype" / "nipype.cfg", config + "\n")
-    os.environ["NIPYPE_CONFIG_DIR"] = str(run.work_dir / "nipype")
-    os.environ["NIPYPE_NO_ET"] = "1"
-    os.environ["NO_ET"] = "1"
-    os.environ.setdefault("MPLBACKEND", "agg")
-    os.environ.setdefault("MPLCONFIGDIR", str(run.work_dir / "matplotlib"))
-    derivatives.templateflow_stub(run.work_dir / "templateflow")
-
-
-def quieten_nipype() -> None:
-    """Leave failures to this app's own table, also where nipype was imported before."""
-    level = logging.INFO if LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL
-    for name in ("nipype", "nipype.workflow", "nipype.interface", "nipype.utils"):
-        logging.getLogger(name).setLevel(level)
-
-
-def configure(cohort_wf: Any, run: Run, crashes: Path) -> None:
-    """nipype's settings, carried by the graph so that workers have them, too."""
-    stop = str(run.settings.run.stop_on_first_crash).lower()
-    cohort_wf.config["execution"] = {
-        "crashdump_dir": str(crashes),
-        "crashfile_format": "txt",
-        "hash_method": "content",
-        "stop_on_first_crash": stop,
-        "remove_unnecessary_outputs": "false",
-        "poll_sleep_duration": "0.2",
-        "check_version": "false",
-        "create_report": "false",
-    }
-    cohort_wf.config["monitoring"] = {"enabled": "false"}
-
-
-def choose_plugin(
-    count: int, settings: Settings, resources: Resources
-) -> tuple[str, dict[str, Any]]:
-    """nipype's plugin and its arguments.
-
-    One process does where two steps cannot run side by side; starting workers takes
-    seconds.
-    """
-    if settings.run.use_plugin:
-        return read_plugin(settings.run.use_plugin)
-    chains = count * len(settings.output.method)
-    if chains == 1 or resources.nprocs < 2 * resources.threads:
-        return "Linear", {}
-    return "MultiProc", {
-        "n_procs": resources.nprocs,
-        "memory_gb": resources.memory_gb,
-        "n_gpu_procs": len(resources.devices) if resources.gpu else 0,
-        "raise_insufficient": True,
-        "mp_context": "forkserver",
-    }
-
-
-def start_plugin(name: str, arguments: dict[str, Any]) -> Any:
-    """nipype's plugin by its name; our own in the place of MultiProc."""
-    if name != "MultiProc":
-        return name
-    from .plugin import SturdyMultiProc
-
-    return SturdyMultiProc(plugin_args=arguments)
-
-
-def read_plugin(path: str) -> tuple[str, dict[str, Any]]:
-    """A YAML file with ``plugin`` and ``plugin_args``.
-
-    Raises
-    ------
-    UserError
-        The file is missing (66) or has no plugin (64).
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(
-            f"--use-plugin {path}: cannot be read ({error.strerror})", ExitCode.NO_INPUT
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--use-plugin {path}: not YAML: {error}", ExitCode.USAGE) from error
-    if not isinstance(content, dict) or not isinstance(content.get("plugin"), str):
-        raise UserError(
-            f"--use-plugin {path}: expected a line 'plugin: NAME' and, if need be, 'plugin_args:'",
-            ExitCode.USAGE,
-        )
-    return content["plugin"], dict(content.get("plugin_args") or {})
 
 
 # ------------------------------------------------------------------- what came of it

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,11 @@ class Discovery:
     notes: tuple[str, ...] = ()
 
 
-def describe(discovery: Discovery) -> str:
-    """The groups, and each image that is left out with its reason, as text."""
+def describe(discovery: Discovery, estimates: Mapping[str, object] | None = None) -> str:
+    """The groups, and each image that is left out with its reason, as text.
+
+    ``estimates`` are by the groups' names.
+    """
     lines: list[str] = []
     for group in discovery.groups:
         lines.append(f"{group.name}: {len(group.stacks)} stacks, {', '.join(group.planes)}")
@@ -121,6 +125,8 @@ def describe(discovery: Discovery) -> str:
                 f"{s.in_plane[1]:.4g} mm in plane, slices {s.slice_thickness:.4g} mm thick "
                 f"({s.thickness_source}) every {s.spacing:.4g} mm{mask}"
             )
+        if estimates is not None:
+            lines.append(f"  estimate: {estimates[group.name]}")
         lines += [f"  warning: {text}" for text in group.warnings]
         lines += _left_out(group.excluded)
     for title, rejected in (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import struct
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .database import Database
 from .reconstruction.geometry import GeometryError, Grid, plane, through_plane_axis
 from .reconstruction.stack import ImageError, read_image
 
@@ -19,6 +23,14 @@ MIN_SLICES = 4
 VOXEL_RANGE = (0.05, 50.0)  # mm; anything else is a broken header or another unit
 #: A sidecar's thickness is believed between these multiples of the slice spacing.
 THICKNESS_RANGE = (0.1, 1.5)
+#: Fields of sidecars that are looked at here.
+SIDECAR_FIELDS = ("SliceThickness", "SeriesDescription", "ProtocolName", "ImageType")
+_HEADER_BYTES = 348
+#: Codes of NIfTI for the types of voxels that scanners and converters write.
+_DTYPES = {
+    2: "uint8", 4: "int16", 8: "int32", 16: "float32", 64: "float64", 256: "int8", 512: "uint16",
+    768: "uint32",
+}  # fmt: skip
 _LOCALISER_LABEL = re.compile(r"^loc\d*$|locali[sz]|scout|survey|^3plane", re.IGNORECASE)
 _LOCALISER_WORD = re.compile(r"locali[sz]er|scout|\bsurvey\b", re.IGNORECASE)
 
@@ -58,8 +70,19 @@ def reason_by_sidecar(metadata: dict[str, Any]) -> str | None:
     return None
 
 
-def read_header(path: Path, isotropic_ratio: float) -> Header:
-    """Read and judge the header; the voxels are not read.
+@dataclass(frozen=True)
+class _RawHeader:
+    """A NIfTI header as far as it is judged; ``affine`` row by row, mm."""
+
+    shape: tuple[int, ...]
+    affine: tuple[float, ...]
+    oriented: bool
+    dtype: str
+    bytes_promised: int
+
+
+def read_header(path: Path, isotropic_ratio: float, database: Database | None = None) -> Header:
+    """Read and judge the header, or judge what ``database`` remembers; no voxel is read.
 
     The length of the file is compared with what the header promises, for
     compressed files by the length that gzip keeps in the last four bytes.
@@ -69,32 +92,87 @@ def read_header(path: Path, isotropic_ratio: float) -> Header:
     ImageError
         Not usable as a stack; the message is the reason, without the file's name.
     """
-    import nibabel as nib
+    memory = database or Database(path.parent)
+    shape, affine, *others, long_enough = memory.recall(path, "header", lambda: _look(path))
+    raw = _RawHeader(tuple(shape), tuple(affine), *others)
+    header = _judge_geometry(raw, isotropic_ratio)
+    if np.dtype(raw.dtype).kind not in "biuf":
+        raise ImageError(f"has values of type {raw.dtype}; expected real numbers")
+    if not long_enough:
+        raise ImageError(f"the file is truncated; its header promises {raw.bytes_promised} bytes")
+    return header
 
-    if not path.exists():
+
+def _look(path: Path) -> list[Any]:
+    """Header and whether the file is long enough, as values of JSON's types."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        if not path.is_symlink() and path.exists():
+            raise
         raise ImageError(
             "the file is missing: a link to nowhere; get its content first "
             f"(datalad get {path}, or git annex get)"
             if path.is_symlink()
             else "the file is missing"
-        )
-    if path.stat().st_size == 0:
+        ) from error
+    if size == 0:
         raise ImageError("the file is empty (0 bytes)")
+    raw = _plain_header(path) or _any_header(path)
+    return [
+        list(raw.shape),
+        list(raw.affine),
+        raw.oriented,
+        raw.dtype,
+        raw.bytes_promised,
+        _long_enough(path, raw.bytes_promised),
+    ]
+
+
+def _plain_header(path: Path) -> _RawHeader | None:
+    """The header of an ordinary NIfTI-1 file with an sform; None if it is anything else.
+
+    Twenty times as fast as nibabel, which reads what is left.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            block = stream.read(_HEADER_BYTES)
+    except (OSError, EOFError, zlib.error):
+        return None
+    if len(block) < _HEADER_BYTES or block[344:348] != b"n+1\0":
+        return None
+    if struct.unpack_from("<i", block, 0)[0] != _HEADER_BYTES:
+        return None
+    count, *sizes = struct.unpack_from("<8h", block, 40)
+    code, bits = struct.unpack_from("<2h", block, 70)
+    handed, offset = struct.unpack_from("<f", block, 76)[0], struct.unpack_from("<f", block, 108)[0]
+    sform = struct.unpack_from("<h", block, 254)[0]
+    dtype = _DTYPES.get(code)
+    shape = tuple(sizes[: max(count, 0)])
+    usual = dtype is not None and bits == 8 * np.dtype(dtype).itemsize
+    usual = usual and abs(handed) == 1 and offset >= 352 and offset % 16 == 0
+    if not usual or dtype is None or not 1 <= count <= 7 or min(shape) < 1 or sform <= 0:
+        return None
+    promised = int(offset) + np.dtype(dtype).itemsize * math.prod(shape)
+    affine = (*struct.unpack_from("<12f", block, 280), 0.0, 0.0, 0.0, 1.0)
+    return _RawHeader(shape, affine, True, dtype, promised)
+
+
+def _any_header(path: Path) -> _RawHeader:
+    import nibabel as nib
+
     try:
         image: Any = nib.load(path)
         dtype = image.get_data_dtype()
+        shape = tuple(int(n) for n in image.shape)
+        codes = [image.header[key] for key in ("qform_code", "sform_code") if key in image.header]
+        affine = tuple(float(v) for v in np.ravel(image.affine))
+        promised = int(image.dataobj.offset) + dtype.itemsize * math.prod(shape)
     except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken header
         raise ImageError(
             f"cannot be read as NIfTI: truncated or damaged ({type(error).__name__}: {error})"
         ) from error
-    shape = tuple(int(n) for n in image.shape)
-    header = _judge_geometry(shape, image, isotropic_ratio)
-    if dtype.kind not in "biuf":
-        raise ImageError(f"has values of type {dtype}; expected real numbers")
-    expected = int(image.dataobj.offset) + dtype.itemsize * _product(shape)
-    if not _long_enough(path, expected):
-        raise ImageError(f"the file is truncated; its header promises {expected} bytes")
-    return header
+    return _RawHeader(shape, affine, any(int(code) for code in codes), str(dtype), promised)
 
 
 def check_voxels(path: Path) -> None:
@@ -133,26 +211,18 @@ def slice_thickness(
     )
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
-
-
-def _judge_geometry(shape: tuple[int, ...], image: Any, isotropic_ratio: float) -> Header:
-    sizes = shape
+def _judge_geometry(raw: _RawHeader, isotropic_ratio: float) -> Header:
+    sizes = raw.shape
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes = sizes[:-1]
     if len(sizes) == 2 or (len(sizes) == 3 and min(sizes) == 1):
         raise ImageError(f"a single slice {sizes}")
     if len(sizes) != 3:
         raise ImageError(f"has {len(sizes)} dimensions {sizes}; expected 3")
-    codes = [int(image.header[key]) for key in ("qform_code", "sform_code") if key in image.header]
-    if not any(codes):
+    if not raw.oriented:
         raise ImageError("the header has no orientation (qform and sform codes are 0)")
     try:
-        grid = Grid(sizes, image.affine)
+        grid = Grid(sizes, np.reshape(raw.affine, (4, 4)))
     except GeometryError as error:
         raise ImageError(str(error)) from error
     zooms = [float(v) for v in grid.voxel_size]

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images of a dataset are considered: pybids, indexed no further than needed."""
+"""Which images of a dataset are considered.
+
+Only the ``anat`` folders of the chosen subjects are listed.  Names are judged by the
+validator of BIDS; filters mean what they mean to pybids, whose index of a whole dataset
+would take many times as long.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
-import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .exitcodes import ExitCode, UserError
 from .names import (
+    ENTITY_ORDER,
     IMAGE_EXTENSIONS,
     LONG_NAMES,
     BidsName,
@@ -23,12 +31,11 @@ from .names import (
 )
 from .settings import MODALITIES, Selection
 
-#: Paths that pybids need not look at: all but NIfTI images in anat folders of subjects.
-_IGNORED = (
-    r"^/(?!sub-)",
-    r"^/sub-[^/]+(/ses-[^/]+)?/(?!ses-|anat(/|$))",
-    r"/anat/.*(?<!\.nii)(?<!\.nii\.gz)$",
-)
+#: Entities that a filter may name, long names as pybids has them.
+_KNOWN = (*(LONG_NAMES.get(key, key) for key in ENTITY_ORDER), "datatype", "suffix", "extension")
+_LABEL = re.compile(r"[0-9a-zA-Z+]+")
+_NOT_VALID = "not a valid BIDS name (--skip-bids-validation uses it all the same)"
+_LISTERS = 8  # threads that list folders
 
 
 @dataclass(frozen=True)
@@ -74,32 +81,21 @@ def list_images(root: Path, subjects: list[str], selection: Selection) -> list[I
     UserError
         Nothing matches (18), or the filter file cannot be used (64, 66).
     """
-    filters = _read_filters(selection.bids_filter_file)
-    layout = _index(root, subjects, selection)
-    filters = _translate(filters, set(layout.get_entities()), selection.bids_filter_file)
+    filters = _check_filters(_read_filters(selection.bids_filter_file), selection.bids_filter_file)
     suffixes = list(selection.modalities or MODALITIES)
-    base = {"suffix": suffixes, "extension": list(IMAGE_EXTENSIONS), "datatype": "anat"}
-    indexed = layout.get(**base, return_type="filename")
-    try:
-        found = layout.get(**{**base, **filters}, return_type="filename") if filters else indexed
-    except ValueError:  # an entity that no file of this dataset has
-        found = []
-    if any(root not in Path(path).parents for path in indexed):
-        raise UserError(
-            f"--bids-database-dir {selection.bids_database_dir}: is of another dataset than "
-            f"{root}; give an empty folder or none",
-            ExitCode.USAGE,
-        )
-    images = [_image(root, Path(path)) for path in found]
-    if not filters and not selection.skip_bids_validation:
-        images += _not_valid(root, subjects, set(indexed), suffixes)
+    images = []
+    for subject, session, path in _anat_files(root, subjects):
+        name = parse_name(path.name)
+        if name.suffix not in suffixes or name.extension not in IMAGE_EXTENSIONS:
+            continue
+        valid = selection.skip_bids_validation or _is_valid(subject, session, path.name)
+        if filters and not (valid and _passes(name, filters)):
+            continue
+        uri = f"bids:raw:{path.relative_to(root).as_posix()}"
+        images.append(ImageFile(path, uri, subject, name, None if valid else _NOT_VALID))
     sessions = _session_labels(selection)
     images = [
-        image
-        for image in images
-        if image.subject in set(subjects)
-        and image.name.suffix in suffixes
-        and (not sessions or image.name.entities.get("ses") in sessions)
+        image for image in images if not sessions or image.name.entities.get("ses") in sessions
     ]
     if not images:
         raise UserError(
@@ -108,7 +104,7 @@ def list_images(root: Path, subjects: list[str], selection: Selection) -> list[I
             + "; nothing to do",
             ExitCode.NOTHING_SELECTED,
         )
-    return sorted(images, key=lambda image: natural_key(str(image.path)))
+    return sorted(images, key=lambda image: natural_key(image.uri))
 
 
 def _is_folder_of(entry: os.DirEntry, prefix: str) -> bool:
@@ -145,52 +141,46 @@ def _restrictions(selection: Selection) -> str:
     return f" {' and '.join(used)}" if used else ""
 
 
-def _index(root: Path, subjects: list[str], selection: Selection) -> Any:
-    """A layout without metadata; a database on disk always holds every subject."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pybids' dependencies; not the user's to mend
-        from bids import BIDSLayout, BIDSLayoutIndexer
+def _anat_files(root: Path, subjects: list[str]) -> Iterable[tuple[str, str | None, Path]]:
+    """``(subject, session or None, path)`` of everything in ``anat`` folders."""
 
-        ignore = [re.compile(pattern) for pattern in _IGNORED]
-        database = selection.bids_database_dir
-        if selection.participant_label and database is None:
-            labels = "|".join(re.escape(label) for label in subjects)
-            ignore.append(re.compile(rf"^/sub-(?!(?:{labels})(?:/|$))"))
-        indexer = BIDSLayoutIndexer(
-            validate=not selection.skip_bids_validation, index_metadata=False, ignore=ignore
-        )
-        try:
-            return BIDSLayout(root, validate=False, indexer=indexer, database_path=database)
-        except Exception as error:  # pybids and sqlalchemy raise many kinds
-            where = f"--bids-database-dir {database}" if database else str(root)
-            raise UserError(
-                f"{where}: pybids cannot index the dataset ({type(error).__name__}: {error})",
-                ExitCode.CANNOT_CREATE if database else ExitCode.NOT_BIDS,
-            ) from error
-
-
-def _image(root: Path, path: Path, problem: str | None = None) -> ImageFile:
-    name = parse_name(path.name)
-    relative = path.relative_to(root)
-    return ImageFile(path, f"bids:raw:{relative.as_posix()}", relative.parts[0][4:], name, problem)
-
-
-def _not_valid(
-    root: Path, subjects: list[str], indexed: set[str], suffixes: list[str]
-) -> list[ImageFile]:
-    """Images of the contrasts that pybids passed over, because their names are not valid BIDS."""
-    problem = "not a valid BIDS name (--skip-bids-validation uses it all the same)"
-    images = []
-    for subject in subjects:
+    def of_subject(subject: str) -> list[tuple[str, str | None, Path]]:
         folder = root / f"sub-{subject}"
-        for anat in (folder / "anat", *folder.glob("ses-*/anat")):
-            for name in sorted(os.listdir(anat)) if anat.is_dir() else ():
-                parsed = parse_name(name)
-                if parsed.suffix not in suffixes or parsed.extension not in IMAGE_EXTENSIONS:
-                    continue
-                if str(anat / name) not in indexed:
-                    images.append(_image(root, anat / name, problem))
-    return images
+        there = {entry.name for entry in os.scandir(folder)}
+        anats: list[tuple[str | None, Path]] = [(None, folder / "anat")] if "anat" in there else []
+        anats += [(n[4:], folder / n / "anat") for n in sorted(there) if n.startswith("ses-")]
+        return [(subject, ses, anat / name) for ses, anat in anats for name in _names_in(anat)]
+
+    with ThreadPoolExecutor(max_workers=_LISTERS) as pool:
+        for files in pool.map(of_subject, subjects):
+            yield from files
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_valid(subject: str, session: str | None, name: str) -> bool:
+    """Whether the validator of BIDS accepts the name in its folder.
+
+    It is asked once for each ending, since labels of subjects and sessions are all alike.
+    """
+    start = f"sub-{subject}_" if session is None else f"sub-{subject}_ses-{session}_"
+    labels = [subject] if session is None else [subject, session]
+    if not name.startswith(start) or not all(_LABEL.fullmatch(label) for label in labels):
+        return False
+    return _is_valid_ending(name[len(start) :], session is not None)
+
+
+@functools.cache
+def _is_valid_ending(ending: str, with_session: bool) -> bool:
+    from bids_validator import BIDSValidator
+
+    start = "/sub-01/ses-1/anat/sub-01_ses-1_" if with_session else "/sub-01/anat/sub-01_"
+    return bool(BIDSValidator().is_bids(start + ending))
 
 
 def _read_filters(path: str | None) -> dict[str, Any]:
@@ -217,23 +207,58 @@ def _read_filters(path: str | None) -> dict[str, Any]:
     return filters
 
 
-def _translate(filters: dict[str, Any], known: set[str], path: str | None) -> dict[str, Any]:
-    """Filters as pybids wants them: long names, '*' for any value, null for none."""
-    if not filters:
-        return {}
-    from bids.layout import Query
-
-    special = {"*": Query.ANY, None: Query.NONE}
+def _check_filters(filters: dict[str, Any], path: str | None) -> dict[str, Any]:
+    """Filters under long names, each known."""
     result: dict[str, Any] = {}
     for key, value in filters.items():
         name = LONG_NAMES.get(key, key)
-        if name not in known | {"regex_search"}:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        if name not in (*_KNOWN, "regex_search"):
+            near = difflib.get_close_matches(name, sorted(_KNOWN), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_KNOWN))}"
             raise UserError(
                 f"--bids-filter-file {path}: unknown entity {key!r}; {hint}", ExitCode.USAGE
             )
-        values = value if isinstance(value, list) else [value]
-        values = [special.get(v, v) if isinstance(v, (str, type(None))) else v for v in values]
-        result[name] = values if isinstance(value, list) else values[0]
+        result[name] = value
+    regex = result.get("regex_search")
+    for name, value in result.items() if regex else ():
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                re.compile(str(item) if item != "*" else "")
+            except re.error as error:
+                raise UserError(
+                    f"--bids-filter-file {path}: {name!r}: {item!r} is no regular expression "
+                    f"({error})",
+                    ExitCode.USAGE,
+                ) from error
     return result
+
+
+def _passes(name: BidsName, filters: dict[str, Any]) -> bool:
+    """Whether an image has a value of each filter: '*' is any, null is none."""
+    values = {LONG_NAMES.get(key, key): value for key, value in name.entities.items()}
+    values |= {"datatype": "anat", "suffix": name.suffix, "extension": name.extension}
+    regex = bool(filters.get("regex_search"))
+    for key, wanted in filters.items():
+        if key == "regex_search" or wanted == []:
+            continue
+        choices = wanted if isinstance(wanted, list) else [wanted]
+        if key == "extension":
+            choices = [
+                "." + c.lstrip(".") if isinstance(c, str) and c != "*" else c for c in choices
+            ]
+        if not any(_matches(key, values.get(key), choice, regex) for choice in choices):
+            return False
+    return True
+
+
+def _matches(key: str, value: str | None, choice: Any, regex: bool) -> bool:
+    if choice is None:
+        return value is None
+    if value is None or choice == "*":
+        return value is not None
+    if regex:
+        return re.search(str(choice), value) is not None
+    number = isinstance(choice, int) or key == "run"  # an index, whatever its zeros
+    if number and value.isdigit() and str(choice).isdigit():
+        return int(value) == int(choice)
+    return value == str(choice)

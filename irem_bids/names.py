@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .database import Database
 
 #: Entities in the order of the BIDS specification (short keys).
 ENTITY_ORDER = (
@@ -25,7 +27,7 @@ ENTITY_ORDER = (
 LONG_NAMES = {
     "sub": "subject", "ses": "session", "acq": "acquisition", "ce": "ceagent", "trc": "tracer",
     "rec": "reconstruction", "dir": "direction", "mod": "modality", "nuc": "nucleus",
-    "stain": "staining",
+    "stain": "staining", "voi": "volume",
 }  # fmt: skip
 IMAGE_EXTENSIONS = (".nii.gz", ".nii")
 
@@ -96,10 +98,17 @@ def same_value(first: str | None, second: str | None) -> bool:
 
 
 class Sidecars:
-    """JSON metadata of images by the inheritance principle, folders read once."""
+    """JSON metadata of images by the inheritance principle, folders read once.
 
-    def __init__(self, root: Path) -> None:
+    ``database`` remembers contents between runs; ``fields`` are all that is kept of them.
+    """
+
+    def __init__(
+        self, root: Path, database: Database | None = None, fields: Sequence[str] | None = None
+    ) -> None:
         self._root = root
+        self._database = database or Database(root)
+        self._fields = fields
         self._folders: dict[Path, list[tuple[BidsName, Path]]] = {}
         self._contents: dict[Path, dict[str, Any]] = {}
         self.errors: dict[Path, str] = {}
@@ -139,12 +148,18 @@ class Sidecars:
     def _read(self, path: Path) -> dict[str, Any]:
         if path not in self._contents:
             try:
-                value = json.loads(path.read_text(encoding="utf-8-sig"))
-                if not isinstance(value, dict):
-                    raise ValueError(f"holds a {type(value).__name__}, expected an object")
+                value = self._database.recall(path, "sidecar", lambda: self._parse(path))
             except FileNotFoundError:
                 value, self.errors[path] = {}, f"{path.name} is missing (a link to nowhere)"
             except (OSError, ValueError, RecursionError) as error:
                 value, self.errors[path] = {}, f"{path.name} is not valid JSON ({error})"
             self._contents[path] = value
         return self._contents[path]
+
+    def _parse(self, path: Path) -> dict[str, Any]:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}, expected an object")
+        if self._fields is None:
+            return value
+        return {key: value[key] for key in self._fields if key in value}

@@ -9,6 +9,7 @@ once does not survive in the workers.  Standard library only.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -24,6 +25,7 @@ from .settings import Run
 
 GIGABYTE = 1e9
 MOST_THREADS = 8
+LOCK_POLL = 0.5  # s
 UNITS = {"": 1e9, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -41,12 +43,22 @@ class Resources:
         Memory in all, 10^9 bytes.
     devices
         Torch devices that training may use: ``("cpu",)`` or one entry per GPU.
+    gpus
+        Names of these GPUs that every process of the machine knows them by.
     """
 
     nprocs: int
     threads: int
     memory_gb: float
     devices: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """What :func:`claimed_device` chooses from: devices, with their names behind '@'."""
+        if not self.gpus:
+            return self.devices
+        return tuple(f"{d}@{name}" for d, name in zip(self.devices, self.gpus, strict=True))
 
     @property
     def gpu(self) -> bool:
@@ -129,19 +141,52 @@ def parse_memory(text: str) -> float:
     return float(match[1]) * factor / GIGABYTE
 
 
-def count_gpus() -> int:
-    """CUDA devices that torch sees in a child process; honours CUDA_VISIBLE_DEVICES."""
+def visible_gpus() -> str | None:
+    """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES: indices, UUIDs, MIG.
+
+    A Slurm that hands out GPUs without hiding the others names them in other variables.
+    """
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        if name in os.environ:
+            return os.environ[name]
+    return None
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Names of the CUDA devices that torch sees in a child process, the same for every process.
+
+    The name is the UUID of the GPU or of its MIG instance.
+    """
     nodes = [Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/dev/dxg")]
-    if not any(node.exists() for node in nodes) or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return 0
-    code = "import torch; print('gpus', torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    match = re.search(r"gpus (\d+)", done.stdout)
-    return int(match[1]) if match else 0
+    visible = visible_gpus()
+    if visible == "" or not any(node.exists() for node in nodes):
+        return ()
+    return _ask_torch(visible)
 
 
-def choose_devices(device: str, gpu_counter: Callable[[], int] | None = None) -> tuple[str, ...]:
-    """Torch devices for ``--device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+@functools.cache
+def _ask_torch(visible: str | None) -> tuple[str, ...]:
+    code = (
+        "import torch; c = torch.cuda\n"
+        "for i in range(c.device_count()):\n"
+        "    print('gpu', getattr(c.get_device_properties(i), 'uuid', i))"
+    )
+    environment = {**os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    return tuple(re.findall(r"^gpu (\S+)$", done.stdout, re.MULTILINE))
+
+
+def count_gpus() -> int:
+    """CUDA devices that torch sees in a child process."""
+    return len(gpu_names())
+
+
+def choose_devices(
+    device: str, gpu_counter: Callable[[], int] | None = None, most: int | None = None
+) -> tuple[str, ...]:
+    """Torch devices for ``--device`` (auto, cpu, cuda or cuda:N) and ``--gpus`` (``most``).
 
     Raises
     ------
@@ -153,33 +198,62 @@ def choose_devices(device: str, gpu_counter: Callable[[], int] | None = None) ->
         raise UserError(
             f"--device is {device!r}; expected auto, cpu, cuda or cuda:N", ExitCode.USAGE
         )
-    if device == "cpu":
+    if device == "cpu" or most == 0:
         return ("cpu",)
     count = (gpu_counter or count_gpus)()
     if match[1] is not None and int(match[1]) < count:
         return (device,)
-    if count and match[1] is None:
-        return tuple(f"cuda:{index}" for index in range(count))
-    if device == "auto":
+    if count and match[1] is None and (most or 1) <= count:
+        return tuple(f"cuda:{index}" for index in range(most or count))
+    if device == "auto" and most is None:
         return ("cpu",)
+    asked = f"--gpus is {most}" if device == "auto" else f"--device is {device!r}"
+    if most is not None and device != "auto":
+        asked += f" and --gpus {most}"
     raise UserError(
-        f"--device is {device!r}, and torch sees {count} CUDA device(s) here; check nvidia-smi "
+        f"{asked}, and torch sees {count} CUDA device(s) here; check nvidia-smi "
         "and CUDA_VISIBLE_DEVICES, or use --device cpu",
         ExitCode.TEMPORARY,
     )
 
 
 def resolve(run: Run) -> Resources:
-    """Limits of a run from its settings and from what this process may use."""
+    """Limits of a run from its settings and from what this process may use.
+
+    Each training on a GPU keeps one processor; the steps beside it share the others.
+    """
     nprocs = run.nprocs or available_cpus()
     memory = parse_memory(run.mem) if run.mem else 0.9 * available_memory_gb()
-    threads = min(run.omp_nthreads or min(nprocs, MOST_THREADS), nprocs)
-    return Resources(nprocs, threads, memory, choose_devices(run.device))
+    devices = choose_devices(run.device, most=run.gpus)
+    names: tuple[str, ...] = ()
+    free = nprocs
+    if devices != ("cpu",):
+        known = gpu_names()
+        names = tuple(known[int(device.partition(":")[2])] for device in devices)
+        free = max(1, nprocs - len(devices))
+    threads = min(run.omp_nthreads or min(free, MOST_THREADS), nprocs)
+    return Resources(nprocs, threads, memory, devices, names)
+
+
+def limit_threads(run: Run) -> None:
+    """Tell libraries that are loaded later how many threads a step has.
+
+    BLAS and OpenMP read it when they are loaded, so it is said before numpy is imported.
+    """
+    nprocs = run.nprocs or available_cpus()
+    set_thread_variables(min(run.omp_nthreads or min(nprocs, MOST_THREADS), nprocs))
+
+
+def set_thread_variables(count: int) -> None:
+    """The variables by which libraries learn their number of threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(count)
 
 
 @contextlib.contextmanager
 def claimed_device(devices: Sequence[str], locks: Path) -> Iterator[str]:
-    """Hold one of ``devices``, alone on this machine; waits while all are taken.
+    """Hold one of ``devices`` (:attr:`Resources.claims`), alone; waits while all are taken.
 
     The CPU is never locked.  The lock is the operating system's and goes with
     the process, however it ends.
@@ -190,18 +264,16 @@ def claimed_device(devices: Sequence[str], locks: Path) -> Iterator[str]:
         yield "cpu"
         return
     locks.mkdir(parents=True, exist_ok=True)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name.strip() for name in visible.split(",") if name.strip()]
     while True:
-        for device in devices:
-            index = int(device.partition(":")[2] or 0)
-            physical = names[index] if index < len(names) else str(index)
-            lock = locks / f"{socket.gethostname()}-gpu-{physical}.lock"
-            with lock.open("w") as handle:
+        for claim in devices:
+            device, _, name = claim.partition("@")
+            name = re.sub(r"[^\w.-]", "_", name or device)
+            lock = locks / f"{socket.gethostname()}-gpu-{name}.lock"
+            with lock.open("a") as handle:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
                 yield device
                 return
-        time.sleep(0.5)
+        time.sleep(LOCK_POLL)

@@ -76,10 +76,13 @@ class Selection:
         choices=MODALITIES,
     )
     bids_filter_file: str | None = option(
-        None, "JSON file of pybids filters under the key 'stack'", metavar="FILE"
+        None, "JSON file of filters as for pybids under the key 'stack'", metavar="FILE"
     )
     bids_database_dir: str | None = option(
-        None, "folder of a pybids database to create and reuse", metavar="DIR", nohash=True
+        None,
+        "folder that remembers headers and sidecars of the dataset, to create and reuse",
+        metavar="DIR",
+        nohash=True,
     )
     skip_bids_validation: bool = option(
         False, "do not ask that file names be valid BIDS", nohash=True
@@ -271,6 +274,12 @@ class Run:
 
     random_seed: int = option(2021, "seed of everything random", flags=("--seed",), low=0)
     device: str = option("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'", nohash=True)
+    gpus: int | None = option(
+        None,
+        "GPUs used, one training on each at a time; 0: none; default: all that this process sees",
+        low=0,
+        nohash=True,
+    )
     nprocs: int | None = option(
         None,
         "processors used in all; default: those available to this process",

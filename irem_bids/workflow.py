@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from nipype.interfaces.utility import Merge
 from nipype.pipeline.engine import Node, Workflow
 
 from . import completion
+from .cost import BASE_GB, memory_gb
 from .interfaces import Normalise, Optimise, Reconstruct, Report, Save
 from .resources import Resources
 from .settings import Settings
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from .groups import Group
 
 COHORT_NAME = "irem_bids_wf"
-BASE_GB = 0.8  # an interpreter with torch, SimpleITK and the figures' libraries
-BYTES_PER_VOXEL = (100, 100)  # of the result: once, and per stack; measured, rounded up
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def init_method_nodes(
         "label": group.name,
         "settings": completion.method_settings(settings, method),
         "checkpoints": str(place.checkpoints),
-        "devices": list(resources.devices),
+        "devices": list(resources.claims),
         "use_gpu": resources.gpu,
         "threads": resources.threads,
     }
@@ -165,18 +163,3 @@ def init_method_nodes(
     )
     reconstruct = Node(Reconstruct(**common), name=f"reconstruct_{method}", **needs)
     return optimise, reconstruct
-
-
-def memory_gb(group: Group, settings: Settings, resources: Resources) -> float:
-    """Estimated memory of one training in 10^9 bytes, not above what there is.
-
-    The result covers the box of the largest stack.
-    """
-    size = settings.output.output_resolution
-    finest = size or min(min(stack.in_plane) for stack in group.stacks)
-    largest = max(
-        math.prod(stack.shape) * math.prod(stack.in_plane) * stack.spacing for stack in group.stacks
-    )
-    each = BYTES_PER_VOXEL[0] + BYTES_PER_VOXEL[1] * len(group.stacks)
-    wanted = BASE_GB + each * largest / finest**3 / 1e9
-    return round(min(wanted, resources.memory_gb), 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from irem_bids import cohort, completion, paths, resources
+from irem_bids import cohort, completion, engine, paths, resources
 from irem_bids.atomic import write_json, write_text
 from irem_bids.bids import Discovery, discover
 from irem_bids.cohort import Outcome
@@ -109,9 +109,9 @@ def test_folder_that_cannot_be_made_is_73(tmp_path: Path) -> None:
 def test_one_process_where_nothing_runs_side_by_side(tmp_path: Path) -> None:
     small = Resources(2, 2, 4.0, ("cpu",))
     large = Resources(16, 8, 64.0, ("cuda:0", "cuda:1"))
-    assert cohort.choose_plugin(5, SETTINGS, small) == ("Linear", {})
-    assert cohort.choose_plugin(1, SETTINGS, large) == ("Linear", {})
-    name, arguments = cohort.choose_plugin(5, SETTINGS, large)
+    assert engine.choose_plugin(5, SETTINGS, small) == ("Linear", {})
+    assert engine.choose_plugin(1, SETTINGS, large) == ("Linear", {})
+    name, arguments = engine.choose_plugin(5, SETTINGS, large)
     assert name == "MultiProc"
     assert arguments["n_gpu_procs"] == 2
     assert arguments["n_procs"] == 16
@@ -123,16 +123,16 @@ def test_plugin_file(tmp_path: Path) -> None:
     path.write_text("plugin: SLURM\nplugin_args: {template: a.sh}\n")
     settings = SETTINGS.updated({"run": {"use_plugin": str(path)}})
     resources = Resources(2, 2, 4.0, ("cpu",))
-    assert cohort.choose_plugin(1, settings, resources) == ("SLURM", {"template": "a.sh"})
+    assert engine.choose_plugin(1, settings, resources) == ("SLURM", {"template": "a.sh"})
     path.write_text("- 1\n")
     with pytest.raises(UserError, match="expected a line 'plugin: NAME'") as caught:
-        cohort.read_plugin(str(path))
+        engine.read_plugin(str(path))
     assert caught.value.code is ExitCode.USAGE
     path.write_text("a: [")
     with pytest.raises(UserError, match="not YAML"):
-        cohort.read_plugin(str(path))
+        engine.read_plugin(str(path))
     with pytest.raises(UserError, match="cannot be read"):
-        cohort.read_plugin(str(tmp_path / "none.yml"))
+        engine.read_plugin(str(tmp_path / "none.yml"))
 
 
 def test_reports_only_needs_the_work_folder(tiny_dataset: Path, tmp_path: Path) -> None:
