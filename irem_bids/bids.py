@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .doubts import label_doubts, mask_doubts, thickness_doubts
 from .groups import Discovery, Excluded, Group, Rejected, StackFile, describe
 from .images import check_voxels, read_header, reason_by_name, reason_by_sidecar, slice_thickness
 from .layout import ImageFile, list_images, select_subjects
@@ -159,6 +160,7 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
         if inspection.read_voxels:
             check_voxels(image.path)
         mask = _mask_of(image, header.grid, inspection)
+        about_mask = mask_doubts(mask.path, header.grid) if mask and inspection.read_voxels else []
     except (ImageError, GeometryError, OSError) as error:
         reason = str(error).removeprefix(f"{image.path.name}: ")
         return _Candidate(image, reason=reason)
@@ -178,7 +180,13 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
         uri=image.uri,
         mask_uri=mask.uri if mask else None,
     )
-    doubts = [*problems, doubt] if doubt else problems
+    doubts = [
+        *problems,
+        *([doubt] if doubt else thickness_doubts(thickness, header.spacing, source)),
+        *label_doubts(image.name.entities, header.plane),
+        *header.doubts,
+        *about_mask,
+    ]
     return _Candidate(image, stack, warnings=tuple(f"{image.path.name}: {d}" for d in doubts))
 
 

@@ -8,15 +8,20 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .reconstruction.geometry import GeometryError, Grid, plane, through_plane_axis
+from .reconstruction.headers import VOXEL_RANGE, HeaderError, check_header, shear_degrees, world
 from .reconstruction.stack import ImageError, read_image
 
 MIN_SLICES = 4
-VOXEL_RANGE = (0.05, 50.0)  # mm; anything else is a broken header or another unit
+MOST_SHEAR = 3.0  # degrees that axes may depart from right angles
+MOST_SURPLUS = 2**26  # bytes behind the voxels that are still read, for the check sum
 #: A sidecar's thickness is believed between these multiples of the slice spacing.
 THICKNESS_RANGE = (0.1, 1.5)
 _LOCALISER_LABEL = re.compile(r"^loc\d*$|locali[sz]|scout|survey|^3plane", re.IGNORECASE)
@@ -32,6 +37,7 @@ class Header:
     plane: str
     in_plane: tuple[float, float]
     spacing: float
+    doubts: tuple[str, ...] = ()
 
 
 def reason_by_name(entities: dict[str, str]) -> str | None:
@@ -80,15 +86,21 @@ def read_header(path: Path, isotropic_ratio: float) -> Header:
         )
     if path.stat().st_size == 0:
         raise ImageError("the file is empty (0 bytes)")
+    if not path.is_file():
+        raise ImageError("is no file; expected a NIfTI image")
     try:
+        listed = check_header(path)
         image: Any = nib.load(path)
         dtype = image.get_data_dtype()
+        affine, doubts = world(image, listed)
+    except HeaderError as error:
+        raise ImageError(f"cannot be read as NIfTI: {error}") from error
     except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken header
         raise ImageError(
             f"cannot be read as NIfTI: truncated or damaged ({type(error).__name__}: {error})"
         ) from error
     shape = tuple(int(n) for n in image.shape)
-    header = _judge_geometry(shape, image, isotropic_ratio)
+    header = replace(_judge_geometry(shape, image, affine, isotropic_ratio), doubts=doubts)
     if dtype.kind not in "biuf":
         raise ImageError(f"has values of type {dtype}; expected real numbers")
     expected = int(image.dataobj.offset) + dtype.itemsize * _product(shape)
@@ -105,8 +117,11 @@ def check_voxels(path: Path) -> None:
     ImageError
         Damaged, not finite, or the same value everywhere.
     """
+    import nibabel as nib
+
     if path.suffix == ".gz":
-        _check_sum(path)
+        header: Any = nib.load(path)
+        _check_sum(path, 16 * _product(header.shape) + MOST_SURPLUS)
     data, _ = read_image(path)
     if data.min() == data.max():
         raise ImageError(f"every voxel is {float(data.min()):g}; expected an image")
@@ -140,7 +155,9 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _judge_geometry(shape: tuple[int, ...], image: Any, isotropic_ratio: float) -> Header:
+def _judge_geometry(
+    shape: tuple[int, ...], image: Any, affine: NDArray[np.float64], isotropic_ratio: float
+) -> Header:
     sizes = shape
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes = sizes[:-1]
@@ -152,12 +169,16 @@ def _judge_geometry(shape: tuple[int, ...], image: Any, isotropic_ratio: float) 
     if not any(codes):
         raise ImageError("the header has no orientation (qform and sform codes are 0)")
     try:
-        grid = Grid(sizes, image.affine)
+        grid = Grid(sizes, affine)
     except GeometryError as error:
         raise ImageError(str(error)) from error
     zooms = [float(v) for v in grid.voxel_size]
     if min(zooms) < VOXEL_RANGE[0] or max(zooms) > VOXEL_RANGE[1]:
         raise ImageError(f"voxels of {_millimetres(zooms)} are not plausible")
+    if shear_degrees(affine) > MOST_SHEAR:
+        raise ImageError(
+            f"its axes are {shear_degrees(affine):.2g}° from right angles; resample it first"
+        )
     axis = through_plane_axis(grid)
     in_plane = [v for number, v in enumerate(zooms) if number != axis]
     if zooms[axis] < isotropic_ratio * max(in_plane) - 1e-3:
@@ -171,12 +192,15 @@ def _millimetres(zooms: list[float]) -> str:
     return " × ".join(f"{v:.3g}" for v in zooms) + " mm"
 
 
-def _check_sum(path: Path) -> None:
+def _check_sum(path: Path, most: int) -> None:
     """Decompress to the end, where gzip's check sum is; nibabel stops before it."""
+    total = 0
     try:
         with gzip.open(path) as stream:
-            while stream.read(2**20):
-                pass
+            while block := stream.read(2**20):
+                total += len(block)
+                if total > most:
+                    raise ImageError(f"unpacks to more than {most} bytes, far behind its voxels")
     except (EOFError, OSError, zlib.error) as error:
         if "Not a gzipped file" in str(error):  # other bytes behind the complete image
             return
@@ -196,7 +220,7 @@ def _long_enough(path: Path, expected: int) -> bool:
     total = 0
     try:
         with gzip.open(path) as stream:
-            while block := stream.read(2**20):
+            while total < expected and (block := stream.read(2**20)):
                 total += len(block)
     except (EOFError, OSError, zlib.error):
         pass  # what could be read before the damage decides
