@@ -30,6 +30,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from machine import machine
+
 from irem_bids.bids import describe, discover
 from irem_bids.checks import check_dataset
 from irem_bids.exitcodes import UserError
@@ -294,7 +296,7 @@ def main() -> int:
     arguments = parser.parse_args()
     first = arguments.first
     record = {
-        "command": " ".join(["python", "benchmarks/fuzz.py", *sys.argv[1:]]),
+        **machine(),
         "headers": campaign(make_header, run_header, range(first, first + arguments.headers)),
         "datasets": campaign(make_dataset, run_dataset, range(first, first + arguments.datasets)),
     }
