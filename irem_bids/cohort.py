@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -10,13 +11,13 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, completion, dataset, derivatives, paths
+from . import __version__, completion, dataset, derivatives, paths, stop
 from .atomic import write_text
 from .bids import Discovery, dataset_links
 from .config import settings_to_toml
@@ -194,7 +195,8 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
     )  # fmt: skip
     fault: BaseException | None = None
     try:
-        cohort_wf.run(plugin=start_plugin(plugin, arguments), plugin_args=arguments)
+        with started_plugin(plugin, arguments) as engine:
+            cohort_wf.run(plugin=engine, plugin_args=arguments)
     except Exception as error:
         fault = error
         LOG.debug("the graph ended with an error", exc_info=True)
@@ -269,13 +271,21 @@ def choose_plugin(
     }
 
 
-def start_plugin(name: str, arguments: dict[str, Any]) -> Any:
-    """nipype's plugin by its name; our own in the place of MultiProc."""
+@contextlib.contextmanager
+def started_plugin(name: str, arguments: dict[str, Any]) -> Iterator[Any]:
+    """nipype's plugin by its name; our own, whose workers end here, in the place of MultiProc."""
     if name != "MultiProc":
-        return name
+        yield name
+        return
     from .plugin import SturdyMultiProc
 
-    return SturdyMultiProc(plugin_args=arguments)
+    plugin = SturdyMultiProc(plugin_args=arguments)
+    stop.at_exit(plugin.kill)
+    try:
+        yield plugin
+    finally:
+        plugin.stop()
+        stop.forget(plugin.kill)
 
 
 def read_plugin(path: str) -> tuple[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from . import completion, derivatives, log
+from . import completion, derivatives, log, stop
 from .atomic import write_json
 from .products import Result
 from .settings import Settings
@@ -177,7 +177,7 @@ class Optimise(Step):
         set_threads(self.inputs.threads)
         method = self.inputs.method
         settings = Settings.from_dict(self.inputs.settings).updated(
-            {"run": {"checkpoint_seconds": self.inputs.checkpoint_seconds}}
+            {"run": {"checkpoint_seconds": stop.Seconds(self.inputs.checkpoint_seconds)}}
         )
         key = completion.method_key(self.inputs.prepared_key, method, self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
@@ -191,8 +191,14 @@ class Optimise(Step):
         with (
             claimed_device(self.inputs.devices, checkpoint.parent / "locks") as device,
             log.Progress(name) as progress,
+            stop.training(),
         ):
             started = time.monotonic()
+
+            def told(fraction: float, message: str) -> None:
+                stop.check()
+                progress(fraction, message)
+
             result = fit(
                 method,
                 prepared,
@@ -200,7 +206,7 @@ class Optimise(Step):
                 settings,
                 device=device,
                 checkpoint=checkpoint,
-                progress=progress,
+                progress=told,
             )
             result.save(target)
         seconds = round(time.monotonic() - started, 2)
