@@ -15,7 +15,14 @@ from pathlib import Path
 
 from .doubts import label_doubts, mask_doubts, thickness_doubts
 from .groups import Discovery, Excluded, Group, Rejected, StackFile, describe
-from .images import check_voxels, read_header, reason_by_name, reason_by_sidecar, slice_thickness
+from .images import (
+    NotAStack,
+    check_voxels,
+    read_header,
+    reason_by_name,
+    reason_by_sidecar,
+    slice_thickness,
+)
 from .layout import ImageFile, list_images, select_subjects
 from .masks import MaskFile, find_masks, link_name, match_masks
 from .names import Sidecars, natural_key
@@ -52,6 +59,7 @@ class _Candidate:
     stack: StackFile | None = None
     reason: str | None = None
     warnings: tuple[str, ...] = ()
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
         about_mask = mask_doubts(mask.path, header.grid) if mask and inspection.read_voxels else []
     except (ImageError, GeometryError, OSError) as error:
         reason = str(error).removeprefix(f"{image.path.name}: ")
-        return _Candidate(image, reason=reason)
+        return _Candidate(image, reason=reason, damaged=not isinstance(error, NotAStack))
     thickness, source, doubt = slice_thickness(
         metadata, header.spacing, inspection.acquisition.slice_thickness
     )
@@ -237,7 +245,11 @@ def _form_groups(candidates: list[_Candidate]) -> tuple[list[Group], list[Reject
             suffix,
             dict(entities),
             _labelled([c.stack for c in found if c.stack is not None]),
-            tuple(Excluded(str(c.image.path), c.reason) for c in found if c.reason is not None),
+            tuple(
+                Excluded(str(c.image.path), c.reason, c.damaged)
+                for c in found
+                if c.reason is not None
+            ),
             tuple(text for c in found for text in c.warnings),
         )
         if len(group.planes) >= 3:

@@ -28,6 +28,10 @@ _LOCALISER_LABEL = re.compile(r"^loc\d*$|locali[sz]|scout|survey|^3plane", re.IG
 _LOCALISER_WORD = re.compile(r"locali[sz]er|scout|\bsurvey\b", re.IGNORECASE)
 
 
+class NotAStack(ImageError):
+    """A sound image of another kind; what is no :class:`NotAStack` is damaged."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What the header says of a stack."""
@@ -102,7 +106,7 @@ def read_header(path: Path, isotropic_ratio: float) -> Header:
     shape = tuple(int(n) for n in image.shape)
     header = replace(_judge_geometry(shape, image, affine, isotropic_ratio), doubts=doubts)
     if dtype.kind not in "biuf":
-        raise ImageError(f"has values of type {dtype}; expected real numbers")
+        raise NotAStack(f"has values of type {dtype}; expected real numbers")
     expected = int(image.dataobj.offset) + dtype.itemsize * _product(shape)
     if not _long_enough(path, expected):
         raise ImageError(f"the file is truncated; its header promises {expected} bytes")
@@ -162,9 +166,9 @@ def _judge_geometry(
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes = sizes[:-1]
     if len(sizes) == 2 or (len(sizes) == 3 and min(sizes) == 1):
-        raise ImageError(f"a single slice {sizes}")
+        raise NotAStack(f"a single slice {sizes}")
     if len(sizes) != 3:
-        raise ImageError(f"has {len(sizes)} dimensions {sizes}; expected 3")
+        raise NotAStack(f"has {len(sizes)} dimensions {sizes}; expected 3")
     codes = [int(image.header[key]) for key in ("qform_code", "sform_code") if key in image.header]
     if not any(codes):
         raise ImageError("the header has no orientation (qform and sform codes are 0)")
@@ -182,9 +186,9 @@ def _judge_geometry(
     axis = through_plane_axis(grid)
     in_plane = [v for number, v in enumerate(zooms) if number != axis]
     if zooms[axis] < isotropic_ratio * max(in_plane) - 1e-3:
-        raise ImageError(f"near-isotropic, {_millimetres(zooms)}: not a stack of thick slices")
+        raise NotAStack(f"near-isotropic, {_millimetres(zooms)}: not a stack of thick slices")
     if sizes[axis] < MIN_SLICES:
-        raise ImageError(f"has {sizes[axis]} slices; a stack has {MIN_SLICES} or more")
+        raise NotAStack(f"has {sizes[axis]} slices; a stack has {MIN_SLICES} or more")
     return Header(grid, axis, plane(grid, axis), (in_plane[0], in_plane[1]), zooms[axis])
 
 

@@ -59,7 +59,10 @@ class Step(SimpleInterface):
                 "code": failure_code(error),
                 "traceback": tracebacks.format_exc(),
             }
-            write_json(folder / FAILURE_FILE, failure)
+            try:
+                write_json(folder / FAILURE_FILE, failure)
+            except OSError:  # a full disk, which is told by the error itself, too
+                LOG.error("%s: %s", self.inputs.label, failure["message"])
             raise
         return runtime
 
@@ -72,9 +75,12 @@ def failure_code(error: BaseException) -> int:
     from .exitcodes import ExitCode, UserError
     from .reconstruction.geometry import GeometryError
     from .reconstruction.stack import ImageError
+    from .space import is_storage
 
     if isinstance(error, UserError):
         return int(error.code)
+    if is_storage(error):
+        return int(ExitCode.IO_ERROR)
     if isinstance(error, (ImageError, GeometryError)):
         return int(ExitCode.BAD_DATA)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

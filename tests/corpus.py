@@ -393,3 +393,19 @@ def write_sidecar(root: Path, label: str, text: str) -> Path:
 def description(root: Path, **fields_: Any) -> None:
     """Another ``dataset_description.json``."""
     (root / "dataset_description.json").write_text(json.dumps(fields_))
+
+
+def ball(plane: str, seed: int = 0) -> tuple[np.ndarray, Grid]:
+    """(24, 24, 10) int16: a ball of 80 mm with landmarks drawn by the seed; air around it."""
+    shape, steps = (24, 24, 10), (5.0, 5.0, 12.0)
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, list(AXES[plane])] * steps
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2.0)
+    grid = Grid(shape, affine)
+    points = grid.to_world(np.indices(shape).reshape(3, -1).T)
+    values = 400.0 / (1 + np.exp((np.linalg.norm(points, axis=1) - 40.0) / 2.0))
+    rng = np.random.default_rng(seed)
+    for centre in rng.uniform(-22, 22, (4, 3)):
+        values += 300.0 * np.exp(-np.sum((points - centre) ** 2, axis=1) / (2 * 9.0**2))
+    values += np.random.default_rng([seed, *map(ord, plane)]).uniform(0, 4, len(points))
+    return values.reshape(shape).astype(np.int16), grid
