@@ -9,6 +9,7 @@ Needs the right to mount a small tmpfs; ends with 77 where there is none.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,14 +65,32 @@ def fill(place: Path, left: int) -> Path:
     return path
 
 
-def level(folder: Path, left: int, method: str, expected: dict[str, str]) -> dict[str, Any]:
-    """One run with ``left`` bytes, and one with room."""
+def run_until_full(words: list[str], folder: Path, disk: Path, moment: float) -> tuple[int, str]:
+    """A run whose disk somebody else fills after ``moment`` seconds."""
+    process = cohorts.start(words, folder)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    with contextlib.suppress(OSError):
+        fill(disk, 0)
+    text, _ = process.communicate()
+    return process.returncode, text
+
+
+def level(
+    folder: Path, left: int, moment: float | None, method: str, expected: dict[str, str]
+) -> dict[str, Any]:
+    """One run with ``left`` bytes, or with none after ``moment`` seconds; and one with room."""
     faults = []
     with small_disk(folder / "disk") as disk:
-        filler = fill(disk, left)
+        filler = disk / "filler"
+        if moment is None:
+            fill(disk, left)
         words = cohorts.command(folder, "disk/out", method=method)
         words[words.index("--work-dir") + 1] = str(disk / "work")
-        code, log = cohorts.run(words, folder)
+        if moment is None:
+            code, log = cohorts.run(words, folder)
+        else:
+            code, log = run_until_full(words, folder, disk, moment)
         said = [line for line in log.splitlines() if NUMBERS.search(line)]
         if code not in (0, 73, 74):
             faults.append(f"code {code}: {log[-3000:]}")
@@ -78,32 +98,39 @@ def level(folder: Path, left: int, method: str, expected: dict[str, str]) -> dic
             faults.append(f"code {code} without the needed and the free space: {log[-3000:]}")
         if "Traceback" in log:
             faults.append(f"a traceback: {log[-3000:]}")
-        filler.unlink()
+        filler.unlink(missing_ok=True)
         again, log = cohorts.run(words, folder)
         if again or cohorts.images(disk / "out") != expected:
             faults.append(f"the rerun ended with {again}: {log[-3000:]}")
         else:
             cohorts.check_top_level(disk / "out")
-        return {"free": left, "code": code, "said": said[-1:], "rerun": again, "faults": faults}
+        start = {"free": left} if moment is None else {"filled_after_s": round(moment, 2)}
+        return {**start, "code": code, "said": said[-1:], "rerun": again, "faults": faults}
 
 
 def campaign(folder: Path, levels: int, subjects: int, method: str) -> dict[str, Any]:
     """Every level from nothing to nearly enough."""
     cohorts.tiny_cohort(folder / "bids", subjects)
     with small_disk(folder / "disk") as disk:
-        before = free(disk)
+        before, began = free(disk), time.monotonic()
         words = cohorts.command(folder, "disk/out", method=method)
         words[words.index("--work-dir") + 1] = str(disk / "work")
         code, log = cohorts.run(words, folder)
         if code:
             raise RuntimeError(log)
         used, expected = before - free(disk), cohorts.images(disk / "out")
-    steps = [round(used * 0.98 * k / max(1, levels - 1)) for k in range(levels)]
-    rows = [level(folder, left, method, expected) for left in steps]
+        took = time.monotonic() - began
+    half = levels // 2
+    rows = []
+    for k in range(half):  # too little from the start
+        rows.append(level(folder, round(used * k / half), None, method, expected))
+    for k in range(levels - half):  # enough, until somebody else takes it
+        moment = took * (0.3 + 0.7 * k / (levels - half))
+        rows.append(level(folder, SIZE, moment, method, expected))
     return {
         "subjects": subjects, "method": method, "bytes_used": used, "levels": rows,
         "codes": [row["code"] for row in rows],
-        "faults": [f"{row['free']} bytes: {text}" for row in rows for text in row["faults"]],
+        "faults": [text for row in rows for text in row["faults"]],
     }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def campaign(folder: Path, kills: int, subjects: int, seed: int, method: str) ->
         faults += watcher.wrong
         if cohorts.images(folder / "out") != expected:
             faults.append(f"round {rounds}: the images are not those of the undisturbed run")
-        cohorts.check_top_level(folder / "out")
+        cohorts.check_top_level(folder / "out", killed=True)
         for name in ("out", "work-out"):
             shutil.rmtree(folder / name)
     return {

@@ -10,11 +10,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 PREFIX = ".irem-bids-"
+STALE = 600.0  # s after which a hidden file that a run writes is one that it has left
+#: What a run writes before it is renamed, and what it tries a folder with.
+_LEFTOVER = re.compile(r"\.\d+\..+|\.irem-bids-[0-9a-f]{32}")
 
 
 class Claims:
@@ -52,9 +58,25 @@ class Claims:
         self._held[name] = files
         return True
 
+    def sweep(self, name: str) -> None:
+        """Remove what a run that was killed left of a group that is held."""
+        for folder in self._folders if name in self._held else ():
+            shutil.rmtree(folder / f"{PREFIX}{name}", ignore_errors=True)
+
     def release(self, name: str) -> None:
         """Let others have the group."""
         _unlock(self._held.pop(name, []))
+
+
+def sweep(folder: Path) -> None:
+    """Remove hidden files that runs which were killed have left, long ago."""
+    before = time.time() - STALE
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            with contextlib.suppress(OSError):
+                if _LEFTOVER.fullmatch(name) and path.stat().st_mtime < before:
+                    path.unlink()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 from . import __version__, completion, dataset, derivatives, paths, space, stop
 from .atomic import write_text
 from .bids import Discovery, dataset_links
-from .claims import Claims
+from .claims import Claims, sweep
 from .config import settings_to_toml
 from .exitcodes import ExitCode, UserError
 from .groups import Group
@@ -122,12 +122,14 @@ def _work_on(groups: Sequence[Group], run: Run, resources: Resources) -> list[Ou
     """Every group once: those that other runs work on are waited for, and done if they were not."""
     found: dict[str, Outcome] = {}
     waiting = False
+    sweep(run.output_dir)
     with Claims((run.output_dir, run.work_dir)) as claims:
         while left := [group for group in groups if group.name not in found]:
             mine = []
             for group in left:
                 if not claims.take(group.name):
                     continue
+                claims.sweep(group.name)
                 if not run.settings.run.force and is_finished(group, run.output_dir, run.settings):
                     text = "finished before; --force repeats it"
                     found[group.name] = Outcome(group.name, "skipped", text)

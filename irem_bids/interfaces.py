@@ -116,6 +116,7 @@ class Normalise(Step):
     output_spec = _NormaliseOutput
 
     def _work(self, folder: Path) -> None:
+        from . import plausible
         from .reconstruction.prepare import prepare
         from .reconstruction.stack import read_stack
 
@@ -136,6 +137,9 @@ class Normalise(Step):
         target = folder / "prepared"
         target.mkdir(exist_ok=True)
         prepared.save(target)
+        centre = plausible.centre_of(prepared.stacks[prepared.reference])
+        pairs = prepared.metrics.get("ncc_pairs", ())
+        found = plausible.judge_poses(prepared.stacks, prepared.poses, centre, pairs)
         step = {
             "seconds": {"normalise": round(time.monotonic() - started, 2)},
             "reference": prepared.stacks[prepared.reference].label,
@@ -144,8 +148,10 @@ class Normalise(Step):
                 for stack, pose in zip(prepared.stacks, prepared.poses, strict=True)
             },
             "metrics": prepared.metrics,
+            "doubts": list(found.doubts),
         }
         write_json(target / "step.json", step)
+        found.refuse()  # what was prepared stays, for the report of the failure
         self._results.update(prepared=str(target), key=key)
 
 
@@ -266,6 +272,8 @@ class Reconstruct(Step):
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
         mask = output_mask(prepared, grid)
+        found = _judge(prepared, result, values, grid, mask, metrics)
+        found.refuse()
         if set(prepared.metrics["masked"].values()) == {"given"}:
             values[~mask] = 0  # the masks say what the result is about
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
@@ -274,9 +282,33 @@ class Reconstruct(Step):
         metrics["snr_result"] = ratio if math.isfinite(ratio) else None
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
+        step["doubts"] = list(found.doubts)
         step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)
         write_json(target / "step.json", step)
         self._results.update(folder=str(target), key=self.inputs.model_key)
+
+
+def _judge(prepared: Any, result: Any, values: Any, grid: Any, mask: Any, metrics: Any) -> Any:
+    """Every check of a result: :class:`.plausible.Findings`."""
+    from . import plausible
+
+    stacks, poses = prepared.stacks, result.poses
+    found = [
+        plausible.judge_poses(
+            stacks,
+            [poses[stack.label] for stack in stacks],
+            plausible.centre_of(stacks[prepared.reference]),
+            prepared.metrics.get("ncc_pairs", ()),
+        ),
+        plausible.judge_volume(values, grid, mask, stacks, poses),
+    ]
+    if result.method != "bspline":
+        psnr = metrics.get("held_out_psnr")
+        found.append(plausible.judge_prediction(psnr, stacks, poses, prepared.held_out))
+    return plausible.Findings(
+        tuple(text for one in found for text in one.failures),
+        tuple(text for one in found for text in one.doubts),
+    )
 
 
 # --------------------------------------------------------------------- report and save

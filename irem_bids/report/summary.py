@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import plots
-from .material import Material
+from .material import Material, step_record
 
 FAR_MM = 10.0
 FAR_DEGREES = 10.0
@@ -33,8 +33,19 @@ def check(material: Material) -> list[Finding]:
     findings = [*_failed(material), *_inputs(material)]
     if material.prepared is not None:
         findings += [*_agreement(material), *_motion(material)]
-    findings += [*_held_out(material), *_gains(material)]
+    findings += [*_held_out(material), *_gains(material), *_doubts(material)]
     return findings
+
+
+def _doubts(material: Material) -> list[Finding]:
+    """What the steps themselves found doubtful, each with its method."""
+    named = [("", material.inp.prepared), *((r.name, r.folder) for r in material.methods.values())]
+    texts = [
+        f"{name}: {text}" if name else str(text)
+        for name, folder in named
+        for text in step_record(folder).get("doubts") or ()
+    ]
+    return [Finding("Plausibility", True, text, "registration") for text in dict.fromkeys(texts)]
 
 
 def _list(words: list[str]) -> str:
