@@ -26,7 +26,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from . import completion, derivatives, log, stop
+from . import __version__, completion, derivatives, log, stop
 from .atomic import write_json
 from .products import Result
 from .settings import Settings
@@ -37,6 +37,9 @@ LOG = logging.getLogger(log.PACKAGE)
 
 class StepInput(BaseInterfaceInputSpec):
     label = traits.Str("", usedefault=True, nohash=True, desc="the group's name, for the log")
+    version = traits.Str(
+        __version__, usedefault=True, desc="another version takes no result of this one"
+    )
 
 
 class Step(SimpleInterface):
