@@ -65,11 +65,12 @@ def fill(place: Path, left: int) -> Path:
     return path
 
 
-def run_until_full(words: list[str], folder: Path, disk: Path, moment: float) -> tuple[int, str]:
-    """A run whose disk somebody else fills after ``moment`` seconds."""
+def run_until_full(words: list[str], folder: Path, disk: Path, most: int) -> tuple[int, str]:
+    """A run whose disk somebody else fills when it has written ``most`` bytes."""
+    before = free(disk)
     process = cohorts.start(words, folder)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(moment)
+    while process.poll() is None and before - free(disk) < most:
+        time.sleep(0.005)
     with contextlib.suppress(OSError):
         fill(disk, 0)
     text, _ = process.communicate()
@@ -77,20 +78,20 @@ def run_until_full(words: list[str], folder: Path, disk: Path, moment: float) ->
 
 
 def level(
-    folder: Path, left: int, moment: float | None, method: str, expected: dict[str, str]
+    folder: Path, left: int, most: int | None, method: str, expected: dict[str, str]
 ) -> dict[str, Any]:
-    """One run with ``left`` bytes, or with none after ``moment`` seconds; and one with room."""
+    """One run with ``left`` bytes, or with none when it has written ``most``; and one with room."""
     faults = []
     with small_disk(folder / "disk") as disk:
         filler = disk / "filler"
-        if moment is None:
+        if most is None:
             fill(disk, left)
         words = cohorts.command(folder, "disk/out", method=method)
         words[words.index("--work-dir") + 1] = str(disk / "work")
-        if moment is None:
+        if most is None:
             code, log = cohorts.run(words, folder)
         else:
-            code, log = run_until_full(words, folder, disk, moment)
+            code, log = run_until_full(words, folder, disk, most)
         said = [line for line in log.splitlines() if NUMBERS.search(line)]
         if code not in (0, 73, 74):
             faults.append(f"code {code}: {log[-3000:]}")
@@ -104,7 +105,7 @@ def level(
             faults.append(f"the rerun ended with {again}: {log[-3000:]}")
         else:
             cohorts.check_top_level(disk / "out")
-        start = {"free": left} if moment is None else {"filled_after_s": round(moment, 2)}
+        start = {"free": left} if most is None else {"filled_after_bytes": most}
         return {**start, "code": code, "said": said[-1:], "rerun": again, "faults": faults}
 
 
@@ -112,21 +113,20 @@ def campaign(folder: Path, levels: int, subjects: int, method: str) -> dict[str,
     """Every level from nothing to nearly enough."""
     cohorts.tiny_cohort(folder / "bids", subjects)
     with small_disk(folder / "disk") as disk:
-        before, began = free(disk), time.monotonic()
+        before = free(disk)
         words = cohorts.command(folder, "disk/out", method=method)
         words[words.index("--work-dir") + 1] = str(disk / "work")
         code, log = cohorts.run(words, folder)
         if code:
             raise RuntimeError(log)
         used, expected = before - free(disk), cohorts.images(disk / "out")
-        took = time.monotonic() - began
     half = levels // 2
     rows = []
     for k in range(half):  # too little from the start
         rows.append(level(folder, round(used * k / half), None, method, expected))
     for k in range(levels - half):  # enough, until somebody else takes it
-        moment = took * (0.3 + 0.7 * k / (levels - half))
-        rows.append(level(folder, SIZE, moment, method, expected))
+        most = round(used * (0.02 + 0.9 * k / (levels - half)))
+        rows.append(level(folder, SIZE, most, method, expected))
     return {
         "subjects": subjects, "method": method, "bytes_used": used, "levels": rows,
         "codes": [row["code"] for row in rows],
