@@ -15,11 +15,12 @@ from irem_bids.bids import Discovery, describe, discover
 from irem_bids.exitcodes import ExitCode, UserError
 from irem_bids.images import read_header
 from irem_bids.reconstruction.geometry import Grid
-from irem_bids.reconstruction.headers import HeaderError, check_header
+from irem_bids.reconstruction.headers import HeaderError, check_header, undoubted
 from irem_bids.reconstruction.stack import ImageError, read_image, read_stack
 from irem_bids.settings import Settings
 
 from .. import corpus
+from ..stacks import write_stack
 
 SETTINGS = Settings.from_dict({"run": {"nprocs": 1}})
 
@@ -193,3 +194,20 @@ def test_labels_cannot_lead_out_of_the_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         discover(root, settings)
     assert sorted(os.listdir(tmp_path)) == ["bids", "filters.json"]
+
+
+@pytest.mark.parametrize("name", corpus.IMAGES)
+def test_the_short_way_round_nibabel_has_no_doubts(name: str) -> None:
+    case = corpus.IMAGES[name]
+    block = case.make("coronal")[:352]
+    certain = len(block) >= 348 and undoubted(block)
+    if case.doubt or name in ("zero zooms", "singular", "NaN affine", "sheared"):
+        assert not certain
+    if name in ("whole", "slope 0", "4D of one", "constant"):
+        assert certain
+
+
+def test_the_short_way_takes_turned_stacks(tmp_path: Path) -> None:
+    for oblique in (0, 20, 75):
+        path = write_stack(tmp_path / "a.nii", "sagittal", oblique=oblique)
+        assert undoubted(path.read_bytes()[:352])
