@@ -242,6 +242,7 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
     except Exception as error:
         fault = error
         LOG.debug("the graph ended with an error", exc_info=True)
+    stop.leave_if_asked()
     stopped = run.settings.run.stop_on_first_crash
     outcomes = [outcome_of(group, place, fault, stopped) for group in groups]
     outcomes = [_with_space(o, g, run) for o, g in zip(outcomes, groups, strict=True)]

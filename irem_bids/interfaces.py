@@ -48,6 +48,7 @@ class Step(SimpleInterface):
     input_spec = StepInput
 
     def _run_interface(self, runtime: Any) -> Any:
+        stop.leave_if_asked()
         folder = Path(runtime.cwd)
         if not LOG.handlers:  # a worker
             log.configure()

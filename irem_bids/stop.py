@@ -125,6 +125,12 @@ def forget(farewell: Callable[[], None]) -> None:
         _STATE.farewells.remove(farewell)
 
 
+def leave_if_asked() -> None:
+    """Leave where the signal has come: nipype may have taken :class:`Terminated` for a failure."""
+    if _STATE.asked:
+        _leave()
+
+
 @contextlib.contextmanager
 def training() -> Iterator[None]:
     """Within, the signal waits for the next checkpoint: see :func:`check`."""
