@@ -18,7 +18,7 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY requirements.lock docker/cpu.lock docker/cuda.lock ./
+COPY requirements.lock docker/cpu.lock docker/cuda.lock docker/sbom ./
 RUN python3 -m venv /opt/irem-bids \
     && /opt/irem-bids/bin/pip install -r requirements.lock -r "${TORCH}.lock"
 COPY setup.cfg pyproject.toml README.md LICENSE ./
@@ -28,6 +28,7 @@ RUN /opt/irem-bids/bin/pip install --no-deps --no-build-isolation . \
     && mkdir -p /opt/templateflow \
     && export NO_ET=1 TEMPLATEFLOW_HOME=/opt/templateflow TEMPLATEFLOW_AUTOUPDATE=0 \
     && /opt/irem-bids/bin/python -W ignore -c 'import templateflow.conf' \
+    && /opt/irem-bids/bin/python sbom /opt/irem-bids/sbom.cdx.json \
     && sh slim /opt/irem-bids selftest \
     && chmod -R a+rX /opt
 COPY docker/entrypoint docker/selftest /opt/irem-bids/bin/

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .database import Database
+from .doubts import label_doubts, mask_doubts, thickness_doubts
 from .groups import Discovery, Excluded, Group, Rejected, StackFile, describe
 from .images import (
     SIDECAR_FIELDS,
+    NotAStack,
     check_voxels,
     read_header,
     reason_by_name,
@@ -59,6 +61,7 @@ class _Candidate:
     stack: StackFile | None = None
     reason: str | None = None
     warnings: tuple[str, ...] = ()
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,10 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
         if inspection.read_voxels:
             inspection.database.recall(image.path, "voxels", lambda: check_voxels(image.path))
         mask = _mask_of(image, header.grid, inspection)
+        about_mask = mask_doubts(mask.path, header.grid) if mask and inspection.read_voxels else []
     except (ImageError, GeometryError, OSError) as error:
         reason = str(error).removeprefix(f"{image.path.name}: ")
-        return _Candidate(image, reason=reason)
+        return _Candidate(image, reason=reason, damaged=not isinstance(error, NotAStack))
     thickness, source, doubt = slice_thickness(
         metadata, header.spacing, inspection.acquisition.slice_thickness
     )
@@ -190,7 +194,13 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
         uri=image.uri,
         mask_uri=mask.uri if mask else None,
     )
-    doubts = [*problems, doubt] if doubt else problems
+    doubts = [
+        *problems,
+        *([doubt] if doubt else thickness_doubts(thickness, header.spacing, source)),
+        *label_doubts(image.name.entities, header.plane),
+        *header.doubts,
+        *about_mask,
+    ]
     return _Candidate(image, stack, warnings=tuple(f"{image.path.name}: {d}" for d in doubts))
 
 
@@ -241,7 +251,11 @@ def _form_groups(candidates: list[_Candidate]) -> tuple[list[Group], list[Reject
             suffix,
             dict(entities),
             _labelled([c.stack for c in found if c.stack is not None]),
-            tuple(Excluded(str(c.image.path), c.reason) for c in found if c.reason is not None),
+            tuple(
+                Excluded(str(c.image.path), c.reason, c.damaged)
+                for c in found
+                if c.reason is not None
+            ),
             tuple(text for c in found for text in c.warnings),
         )
         if len(group.planes) >= 3:

@@ -27,6 +27,8 @@ def check_dataset(bids_dir: Path, *, strict: bool = True) -> None:
             f"{bids_dir}: is a file; expected the folder of a BIDS dataset", ExitCode.NO_INPUT
         )
     path = bids_dir / "dataset_description.json"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file", ExitCode.NOT_BIDS)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -38,7 +40,7 @@ def check_dataset(bids_dir: Path, *, strict: bool = True) -> None:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", ExitCode.NO_INPUT) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error})", ExitCode.NOT_BIDS) from error
     fields = ("Name", "BIDSVersion")
     missing = [f for f in fields if not isinstance(content, dict) or f not in content]

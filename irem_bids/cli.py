@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import log
+from . import log, stop
 from .exitcodes import ExitCode, UserError
 from .parser import LEVELS, PROGRAM, parse, settings_from
 from .settings import Settings
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_run(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         return _fail(str(error), error.code)
+    except stop.Terminated as error:
+        return _fail(str(error), ExitCode.TEMPORARY)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED)
     except MemoryError:
@@ -128,6 +130,7 @@ def _participants(
 ) -> ExitCode:
     from .checks import check_resources, create_output
 
+    stop.install()
     check_resources(settings.run)
     discovery = _discover(bids_dir, settings, dry_run=False)
     if not discovery.groups:

@@ -8,18 +8,20 @@ import json
 import logging
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, completion, dataset, paths
+from . import __version__, completion, dataset, paths, space, stop
 from .atomic import write_text
 from .bids import Discovery, dataset_links
+from .claims import Claims, sweep
 from .config import settings_to_toml
-from .engine import choose_plugin, configure, environment, quieten_nipype, start_plugin
+from .engine import choose_plugin, configure, environment, quieten_nipype, started_plugin
 from .exitcodes import ExitCode, UserError
 from .groups import Group
 from .pages import run_group
@@ -31,6 +33,7 @@ from .tables import table_text
 __all__ = ["run_cohort", "run_group", "write_boilerplate"]
 
 LOG = logging.getLogger("irem_bids")
+WAIT = 0.5  # s between two looks at what other runs work on
 PACKAGES = (
     "torch", "nipype", "pybids", "niworkflows", "nireports", "nilearn", "nibabel", "SimpleITK",
     "numpy", "scipy", "pandas",
@@ -86,25 +89,64 @@ def run_cohort(
     """
     resources = resolve(settings.run)
     run = open_run(bids_dir, output_dir, settings)
-    dataset.write_dataset_files(run.output_dir, dataset_links(bids_dir, settings))
+    try:
+        return _run_cohort(discovery, run, resources, reports_only)
+    except OSError as error:
+        if not space.is_storage(error):
+            raise
+        words = space.told(discovery.groups, settings, run.output_dir, run.work_dir)
+        raise UserError(f"{error}; {words}", ExitCode.IO_ERROR) from error
+
+
+def _run_cohort(
+    discovery: Discovery, run: Run, resources: Resources, reports_only: bool
+) -> ExitCode:
+    settings = run.settings
+    warning = space.check_space(discovery.groups, settings, run.output_dir, run.work_dir)
+    if warning:
+        LOG.warning(warning)
+    dataset.write_dataset_files(run.output_dir, dataset_links(run.bids_dir, settings))
     write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
     if reports_only:
         environment(run.work_dir, resources)
         outcomes = [_report_again(group, run) for group in discovery.groups]
         return close_run(outcomes, run)
-    todo = []
-    outcomes = []
-    for group in discovery.groups:
-        if not settings.run.force and is_finished(group, run.output_dir, settings):
-            outcomes.append(Outcome(group.name, "skipped", "finished before; --force repeats it"))
-        else:
-            todo.append(group)
-    if todo:
-        outcomes += run_groups(todo, run, resources)
+    outcomes = _work_on(discovery.groups, run, resources) + damaged_groups(discovery)
     code = close_run(outcomes, run)
     if settings.run.clean_workdir and code is ExitCode.SUCCESS:
         clean_work(discovery.groups, run)
     return code
+
+
+def _work_on(groups: Sequence[Group], run: Run, resources: Resources) -> list[Outcome]:
+    """Every group once: those that other runs work on are waited for, and done if they were not."""
+    found: dict[str, Outcome] = {}
+    waiting = False
+    sweep(run.output_dir)
+    with Claims((run.output_dir, run.work_dir)) as claims:
+        while left := [group for group in groups if group.name not in found]:
+            mine = []
+            for group in left:
+                if not claims.take(group.name):
+                    continue
+                claims.sweep(group.name)
+                if not run.settings.run.force and is_finished(group, run.output_dir, run.settings):
+                    text = "finished before; --force repeats it"
+                    found[group.name] = Outcome(group.name, "skipped", text)
+                    claims.release(group.name)
+                else:
+                    mine.append(group)
+            if mine:
+                for outcome in run_groups(mine, run, resources):
+                    found[outcome.name] = outcome
+                    claims.release(outcome.name)
+            elif len(found) < len(groups):
+                if not waiting:
+                    LOG.info("another run works on the %d group(s) that are left: waiting",
+                             len(groups) - len(found))  # fmt: skip
+                waiting = True
+                time.sleep(WAIT)
+    return [found[group.name] for group in groups]
 
 
 def open_run(bids_dir: str | Path, output_dir: str | Path, settings: Settings) -> Run:
@@ -186,7 +228,7 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
             failure.unlink()
     cohort_wf = init_cohort_wf(groups=groups, settings=run.settings, place=place)
     crashes = run.work_dir / "crashes" / run.name
-    configure(cohort_wf, crashes, stop=run.settings.run.stop_on_first_crash)
+    configure(cohort_wf, crashes, stop_on_first=run.settings.run.stop_on_first_crash)
     plugin, arguments = choose_plugin(len(groups), run.settings, resources)
     LOG.info(
         "%d group(s), %d processor(s), %d thread(s) a step, %.1f GB, %s, plugin %s",
@@ -195,12 +237,15 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
     )  # fmt: skip
     fault: BaseException | None = None
     try:
-        cohort_wf.run(plugin=start_plugin(plugin, arguments), plugin_args=arguments)
+        with started_plugin(plugin, arguments) as engine:
+            cohort_wf.run(plugin=engine, plugin_args=arguments)
     except Exception as error:
         fault = error
         LOG.debug("the graph ended with an error", exc_info=True)
+    stop.leave_if_asked()
     stopped = run.settings.run.stop_on_first_crash
     outcomes = [outcome_of(group, place, fault, stopped) for group in groups]
+    outcomes = [_with_space(o, g, run) for o, g in zip(outcomes, groups, strict=True)]
     keep_crashes(crashes, outcomes, run)
     for group, outcome in zip(groups, outcomes, strict=True):
         if outcome.status == "failed":
@@ -214,7 +259,7 @@ def outcome_of(
 ) -> Outcome:
     """Done if its last step left a result in this run, else failed with the first cause."""
     folder = place.group_folder(group)
-    failures = [json.loads(p.read_text()) for p in sorted(folder.glob("*/failure.json"))]
+    failures = [_failure(path) for path in sorted(folder.glob("*/failure.json"))]
     if failures:
         first = failures[0]
         cause = f"{first['step']}: {first['message']}"
@@ -232,6 +277,33 @@ def outcome_of(
         cause = f"a step ended without a message (killed? out of memory?): {words[-1]}"
     error = {"step": "run", "message": cause, "traceback": ""}
     return Outcome(group.name, "failed", cause, int(ExitCode.FAILURE), (error,))
+
+
+def _failure(path: Path) -> dict[str, Any]:
+    """What a step left of its failure; a full disk may have cut it."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        code = int(ExitCode.FAILURE)
+        return {"step": path.parent.name, "message": f"{error}", "code": code, "traceback": ""}
+
+
+def damaged_groups(discovery: Discovery) -> list[Outcome]:
+    """Groups that damaged images leave too small: failures; what never was a group is none."""
+    return [
+        Outcome(rejected.name, "failed", f"{rejected.reason}: {rejected.damage}",
+                int(ExitCode.BAD_DATA))
+        for rejected in discovery.excluded
+        if rejected.damage
+    ]  # fmt: skip
+
+
+def _with_space(outcome: Outcome, group: Group, run: Run) -> Outcome:
+    """An outcome whose cause is the disk says how much there is and how much it takes."""
+    if outcome.status != "failed" or not space.is_storage(outcome.cause):
+        return outcome
+    words = space.told([group], run.settings, run.output_dir, run.work_dir)
+    return replace(outcome, cause=f"{outcome.cause}; {words}", code=int(ExitCode.IO_ERROR))
 
 
 def saved_in(folder: Path, run_name: str) -> bool:

@@ -7,6 +7,7 @@ would change.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from . import __version__
 from .atomic import write_json, write_text
+from .claims import alone
 from .exitcodes import ExitCode, UserError
 
 IGNORED = (
@@ -51,11 +53,14 @@ def write_dataset_files(output_dir: Path, links: dict[str, str]) -> None:
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _write_description(output_dir / "dataset_description.json", links)
-        _write_ignore(output_dir / ".bidsignore")
-        if not (output_dir / "README.md").exists():
-            write_text(output_dir / "README.md", README)
+        with alone(output_dir, "dataset"):  # what other runs add is read before it is written
+            _write_description(output_dir / "dataset_description.json", links)
+            _write_ignore(output_dir / ".bidsignore")
+            if not (output_dir / "README.md").exists():
+                write_text(output_dir / "README.md", README)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # told with how much is free and needed
         raise UserError(
             f"cannot write to the output folder {output_dir}: {error.strerror or error}; "
             "choose another one or mend its permissions",

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import derivatives
+from . import derivatives, stop
 from .atomic import write_text
 from .exitcodes import ExitCode, UserError
 from .resources import Resources, set_thread_variables, visible_gpus
@@ -42,13 +44,13 @@ def quieten_nipype() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def configure(cohort_wf: Any, crashes: Path, *, stop: bool) -> None:
+def configure(cohort_wf: Any, crashes: Path, *, stop_on_first: bool) -> None:
     """nipype's settings, carried by the graph so that workers have them, too."""
     cohort_wf.config["execution"] = {
         "crashdump_dir": str(crashes),
         "crashfile_format": "txt",
         "hash_method": "content",
-        "stop_on_first_crash": str(stop).lower(),
+        "stop_on_first_crash": str(stop_on_first).lower(),
         "remove_unnecessary_outputs": "false",
         "poll_sleep_duration": "0.2",
         "check_version": "false",
@@ -80,13 +82,21 @@ def choose_plugin(
     }
 
 
-def start_plugin(name: str, arguments: dict[str, Any]) -> Any:
-    """nipype's plugin by its name; our own in the place of MultiProc."""
+@contextlib.contextmanager
+def started_plugin(name: str, arguments: dict[str, Any]) -> Iterator[Any]:
+    """nipype's plugin by its name; our own, whose workers end here, in the place of MultiProc."""
     if name != "MultiProc":
-        return name
+        yield name
+        return
     from .plugin import SturdyMultiProc
 
-    return SturdyMultiProc(plugin_args=arguments)
+    plugin = SturdyMultiProc(plugin_args=arguments)
+    stop.at_exit(plugin.kill)
+    try:
+        yield plugin
+    finally:
+        plugin.stop()
+        stop.forget(plugin.kill)
 
 
 def read_plugin(path: str) -> tuple[str, dict[str, Any]]:

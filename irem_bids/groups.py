@@ -35,10 +35,11 @@ class StackFile:
 
 @dataclass(frozen=True)
 class Excluded:
-    """An image that is not used, and why."""
+    """An image that is not used, and why; ``damaged`` if it should have been usable."""
 
     path: str
     reason: str
+    damaged: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class Rejected:
     name: str
     reason: str
     excluded: tuple[Excluded, ...] = ()
+
+    @property
+    def damage(self) -> str:
+        """What was wrong with damaged images that it lacks; empty if none is damaged."""
+        damaged = [e for e in self.excluded if e.damaged]
+        return "; ".join(f"{Path(e.path).name}: {e.reason}" for e in damaged)
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,33 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .database import Database
 from .reconstruction.geometry import GeometryError, Grid, plane, through_plane_axis
+from .reconstruction.headers import (
+    VOXEL_RANGE,
+    HeaderError,
+    check_header,
+    shear_degrees,
+    undoubted,
+    world,
+)
 from .reconstruction.stack import ImageError, read_image
 
 MIN_SLICES = 4
-VOXEL_RANGE = (0.05, 50.0)  # mm; anything else is a broken header or another unit
+MOST_SHEAR = 3.0  # degrees that axes may depart from right angles
+MOST_SURPLUS = 2**26  # bytes behind the voxels that are still read, for the check sum
 #: A sidecar's thickness is believed between these multiples of the slice spacing.
 THICKNESS_RANGE = (0.1, 1.5)
 #: Fields of sidecars that are looked at here.
 SIDECAR_FIELDS = ("SliceThickness", "SeriesDescription", "ProtocolName", "ImageType")
-_HEADER_BYTES = 348
+_HEADER_BYTES = 352  # with the flag of extensions
 #: Codes of NIfTI for the types of voxels that scanners and converters write.
 _DTYPES = {
     2: "uint8", 4: "int16", 8: "int32", 16: "float32", 64: "float64", 256: "int8", 512: "uint16",
@@ -33,6 +43,10 @@ _DTYPES = {
 }  # fmt: skip
 _LOCALISER_LABEL = re.compile(r"^loc\d*$|locali[sz]|scout|survey|^3plane", re.IGNORECASE)
 _LOCALISER_WORD = re.compile(r"locali[sz]er|scout|\bsurvey\b", re.IGNORECASE)
+
+
+class NotAStack(ImageError):
+    """A sound image of another kind; what is no :class:`NotAStack` is damaged."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Header:
     plane: str
     in_plane: tuple[float, float]
     spacing: float
+    doubts: tuple[str, ...] = ()
 
 
 def reason_by_name(entities: dict[str, str]) -> str | None:
@@ -79,6 +94,7 @@ class _RawHeader:
     oriented: bool
     dtype: str
     bytes_promised: int
+    doubts: tuple[str, ...] = ()
 
 
 def read_header(path: Path, isotropic_ratio: float, database: Database | None = None) -> Header:
@@ -93,11 +109,12 @@ def read_header(path: Path, isotropic_ratio: float, database: Database | None = 
         Not usable as a stack; the message is the reason, without the file's name.
     """
     memory = database or Database(path.parent)
-    shape, affine, *others, long_enough = memory.recall(path, "header", lambda: _look(path))
-    raw = _RawHeader(tuple(shape), tuple(affine), *others)
-    header = _judge_geometry(raw, isotropic_ratio)
+    *values, doubts, long_enough = memory.recall(path, "header", lambda: _look(path))
+    shape, affine, oriented, dtype, promised = values
+    raw = _RawHeader(tuple(shape), tuple(affine), oriented, dtype, promised, tuple(doubts))
+    header = replace(_judge_geometry(raw, isotropic_ratio), doubts=raw.doubts)
     if np.dtype(raw.dtype).kind not in "biuf":
-        raise ImageError(f"has values of type {raw.dtype}; expected real numbers")
+        raise NotAStack(f"has values of type {raw.dtype}; expected real numbers")
     if not long_enough:
         raise ImageError(f"the file is truncated; its header promises {raw.bytes_promised} bytes")
     return header
@@ -118,13 +135,22 @@ def _look(path: Path) -> list[Any]:
         ) from error
     if size == 0:
         raise ImageError("the file is empty (0 bytes)")
-    raw = _plain_header(path) or _any_header(path)
+    if not path.is_file():
+        raise ImageError("is no file; expected a NIfTI image")
+    try:
+        listed = check_header(path)
+    except HeaderError as error:
+        raise ImageError(f"cannot be read as NIfTI: {error}") from error
+    except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken header
+        raise ImageError(_damaged(error)) from error
+    raw = _plain_header(path) or _any_header(path, listed)
     return [
         list(raw.shape),
         list(raw.affine),
         raw.oriented,
         raw.dtype,
         raw.bytes_promised,
+        list(raw.doubts),
         _long_enough(path, raw.bytes_promised),
     ]
 
@@ -141,7 +167,9 @@ def _plain_header(path: Path) -> _RawHeader | None:
         return None
     if len(block) < _HEADER_BYTES or block[344:348] != b"n+1\0":
         return None
-    if struct.unpack_from("<i", block, 0)[0] != _HEADER_BYTES:
+    if struct.unpack_from("<i", block, 0)[0] != 348:
+        return None
+    if not undoubted(block):
         return None
     count, *sizes = struct.unpack_from("<8h", block, 40)
     code, bits = struct.unpack_from("<2h", block, 70)
@@ -158,21 +186,28 @@ def _plain_header(path: Path) -> _RawHeader | None:
     return _RawHeader(shape, affine, True, dtype, promised)
 
 
-def _any_header(path: Path) -> _RawHeader:
+def _any_header(path: Path, listed: NDArray[np.float64] | None) -> _RawHeader:
     import nibabel as nib
 
     try:
+        listed = check_header(path)
         image: Any = nib.load(path)
         dtype = image.get_data_dtype()
         shape = tuple(int(n) for n in image.shape)
         codes = [image.header[key] for key in ("qform_code", "sform_code") if key in image.header]
-        affine = tuple(float(v) for v in np.ravel(image.affine))
+        matrix, doubts = world(image, listed)
+        affine = tuple(float(v) for v in np.ravel(matrix))
         promised = int(image.dataobj.offset) + dtype.itemsize * math.prod(shape)
+    except HeaderError as error:
+        raise ImageError(f"cannot be read as NIfTI: {error}") from error
     except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken header
-        raise ImageError(
-            f"cannot be read as NIfTI: truncated or damaged ({type(error).__name__}: {error})"
-        ) from error
-    return _RawHeader(shape, affine, any(int(code) for code in codes), str(dtype), promised)
+        raise ImageError(_damaged(error)) from error
+    oriented = any(int(code) for code in codes)
+    return _RawHeader(shape, affine, oriented, str(dtype), promised, tuple(doubts))
+
+
+def _damaged(error: Exception) -> str:
+    return f"cannot be read as NIfTI: truncated or damaged ({type(error).__name__}: {error})"
 
 
 def check_voxels(path: Path) -> None:
@@ -183,8 +218,11 @@ def check_voxels(path: Path) -> None:
     ImageError
         Damaged, not finite, or the same value everywhere.
     """
+    import nibabel as nib
+
     if path.suffix == ".gz":
-        _check_sum(path)
+        header: Any = nib.load(path)
+        _check_sum(path, 16 * math.prod(header.shape) + MOST_SURPLUS)
     data, _ = read_image(path)
     if data.min() == data.max():
         raise ImageError(f"every voxel is {float(data.min()):g}; expected an image")
@@ -216,9 +254,9 @@ def _judge_geometry(raw: _RawHeader, isotropic_ratio: float) -> Header:
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes = sizes[:-1]
     if len(sizes) == 2 or (len(sizes) == 3 and min(sizes) == 1):
-        raise ImageError(f"a single slice {sizes}")
+        raise NotAStack(f"a single slice {sizes}")
     if len(sizes) != 3:
-        raise ImageError(f"has {len(sizes)} dimensions {sizes}; expected 3")
+        raise NotAStack(f"has {len(sizes)} dimensions {sizes}; expected 3")
     if not raw.oriented:
         raise ImageError("the header has no orientation (qform and sform codes are 0)")
     try:
@@ -228,12 +266,16 @@ def _judge_geometry(raw: _RawHeader, isotropic_ratio: float) -> Header:
     zooms = [float(v) for v in grid.voxel_size]
     if min(zooms) < VOXEL_RANGE[0] or max(zooms) > VOXEL_RANGE[1]:
         raise ImageError(f"voxels of {_millimetres(zooms)} are not plausible")
+    if shear_degrees(grid.affine) > MOST_SHEAR:
+        raise ImageError(
+            f"its axes are {shear_degrees(grid.affine):.2g}° from right angles; resample it first"
+        )
     axis = through_plane_axis(grid)
     in_plane = [v for number, v in enumerate(zooms) if number != axis]
     if zooms[axis] < isotropic_ratio * max(in_plane) - 1e-3:
-        raise ImageError(f"near-isotropic, {_millimetres(zooms)}: not a stack of thick slices")
+        raise NotAStack(f"near-isotropic, {_millimetres(zooms)}: not a stack of thick slices")
     if sizes[axis] < MIN_SLICES:
-        raise ImageError(f"has {sizes[axis]} slices; a stack has {MIN_SLICES} or more")
+        raise NotAStack(f"has {sizes[axis]} slices; a stack has {MIN_SLICES} or more")
     return Header(grid, axis, plane(grid, axis), (in_plane[0], in_plane[1]), zooms[axis])
 
 
@@ -241,12 +283,15 @@ def _millimetres(zooms: list[float]) -> str:
     return " × ".join(f"{v:.3g}" for v in zooms) + " mm"
 
 
-def _check_sum(path: Path) -> None:
+def _check_sum(path: Path, most: int) -> None:
     """Decompress to the end, where gzip's check sum is; nibabel stops before it."""
+    total = 0
     try:
         with gzip.open(path) as stream:
-            while stream.read(2**20):
-                pass
+            while block := stream.read(2**20):
+                total += len(block)
+                if total > most:
+                    raise ImageError(f"unpacks to more than {most} bytes, far behind its voxels")
     except (EOFError, OSError, zlib.error) as error:
         if "Not a gzipped file" in str(error):  # other bytes behind the complete image
             return
@@ -266,7 +311,7 @@ def _long_enough(path: Path, expected: int) -> bool:
     total = 0
     try:
         with gzip.open(path) as stream:
-            while block := stream.read(2**20):
+            while total < expected and (block := stream.read(2**20)):
                 total += len(block)
     except (EOFError, OSError, zlib.error):
         pass  # what could be read before the damage decides

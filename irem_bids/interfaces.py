@@ -26,7 +26,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from . import completion, derivatives, log
+from . import __version__, completion, derivatives, log, stop
 from .atomic import write_json
 from .products import Result
 from .settings import Settings
@@ -37,6 +37,9 @@ LOG = logging.getLogger(log.PACKAGE)
 
 class StepInput(BaseInterfaceInputSpec):
     label = traits.Str("", usedefault=True, nohash=True, desc="the group's name, for the log")
+    version = traits.Str(
+        __version__, usedefault=True, desc="another version takes no result of this one"
+    )
 
 
 class Step(SimpleInterface):
@@ -45,6 +48,7 @@ class Step(SimpleInterface):
     input_spec = StepInput
 
     def _run_interface(self, runtime: Any) -> Any:
+        stop.leave_if_asked()
         folder = Path(runtime.cwd)
         if not LOG.handlers:  # a worker
             log.configure()
@@ -59,7 +63,10 @@ class Step(SimpleInterface):
                 "code": failure_code(error),
                 "traceback": tracebacks.format_exc(),
             }
-            write_json(folder / FAILURE_FILE, failure)
+            try:
+                write_json(folder / FAILURE_FILE, failure)
+            except OSError:  # a full disk, which is told by the error itself, too
+                LOG.error("%s: %s", self.inputs.label, failure["message"])
             raise
         return runtime
 
@@ -72,9 +79,12 @@ def failure_code(error: BaseException) -> int:
     from .exitcodes import ExitCode, UserError
     from .reconstruction.geometry import GeometryError
     from .reconstruction.stack import ImageError
+    from .space import is_storage
 
     if isinstance(error, UserError):
         return int(error.code)
+    if is_storage(error):
+        return int(ExitCode.IO_ERROR)
     if isinstance(error, (ImageError, GeometryError)):
         return int(ExitCode.BAD_DATA)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
@@ -110,6 +120,7 @@ class Normalise(Step):
     output_spec = _NormaliseOutput
 
     def _work(self, folder: Path) -> None:
+        from . import plausible
         from .reconstruction.prepare import prepare, prepared_slices
         from .reconstruction.stack import read_stack
 
@@ -130,6 +141,9 @@ class Normalise(Step):
         target = folder / "prepared"
         target.mkdir(exist_ok=True)
         prepared.save(target)
+        centre = plausible.centre_of(prepared.stacks[prepared.reference])
+        pairs = prepared.metrics.get("ncc_pairs", ())
+        found = plausible.judge_poses(prepared.stacks, prepared.poses, centre, pairs)
         step = {
             "seconds": {"normalise": round(time.monotonic() - started, 2)},
             "reference": prepared.stacks[prepared.reference].label,
@@ -142,8 +156,10 @@ class Normalise(Step):
                 done.label: prepared_slices(acquired, done)
                 for acquired, done in zip(stacks, prepared.stacks, strict=True)
             },
+            "doubts": list(found.doubts),
         }
         write_json(target / "step.json", step)
+        found.refuse()  # what was prepared stays, for the report of the failure
         self._results.update(prepared=str(target), key=key)
 
 
@@ -181,7 +197,7 @@ class Optimise(Step):
         set_threads(self.inputs.threads)
         method = self.inputs.method
         settings = Settings.from_dict(self.inputs.settings).updated(
-            {"run": {"checkpoint_seconds": self.inputs.checkpoint_seconds}}
+            {"run": {"checkpoint_seconds": stop.Seconds(self.inputs.checkpoint_seconds)}}
         )
         key = completion.method_key(self.inputs.prepared_key, method, self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
@@ -195,8 +211,14 @@ class Optimise(Step):
         with (
             claimed_device(self.inputs.devices, checkpoint.parent / "locks") as device,
             log.Progress(name) as progress,
+            stop.training(),
         ):
             started = time.monotonic()
+
+            def told(fraction: float, message: str) -> None:
+                stop.check()
+                progress(fraction, message)
+
             result = fit(
                 method,
                 prepared,
@@ -204,7 +226,7 @@ class Optimise(Step):
                 settings,
                 device=device,
                 checkpoint=checkpoint,
-                progress=progress,
+                progress=told,
             )
             result.save(target)
         seconds = round(time.monotonic() - started, 2)
@@ -258,6 +280,8 @@ class Reconstruct(Step):
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
         mask = output_mask(prepared, grid)
+        found = _judge(prepared, result, values, grid, mask, metrics)
+        found.refuse()
         if set(prepared.metrics["masked"].values()) == {"given"}:
             values[~mask] = 0  # the masks say what the result is about
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
@@ -266,9 +290,33 @@ class Reconstruct(Step):
         metrics["snr_result"] = ratio if math.isfinite(ratio) else None
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
+        step["doubts"] = list(found.doubts)
         step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)
         write_json(target / "step.json", step)
         self._results.update(folder=str(target), key=self.inputs.model_key)
+
+
+def _judge(prepared: Any, result: Any, values: Any, grid: Any, mask: Any, metrics: Any) -> Any:
+    """Every check of a result: :class:`.plausible.Findings`."""
+    from . import plausible
+
+    stacks, poses = prepared.stacks, result.poses
+    found = [
+        plausible.judge_poses(
+            stacks,
+            [poses[stack.label] for stack in stacks],
+            plausible.centre_of(stacks[prepared.reference]),
+            prepared.metrics.get("ncc_pairs", ()),
+        ),
+        plausible.judge_volume(values, grid, mask, stacks, poses),
+    ]
+    if result.method != "bspline":
+        psnr = metrics.get("held_out_psnr")
+        found.append(plausible.judge_prediction(psnr, stacks, poses, prepared.held_out))
+    return plausible.Findings(
+        tuple(text for one in found for text in one.failures),
+        tuple(text for one in found for text in one.doubts),
+    )
 
 
 # --------------------------------------------------------------------- report and save

@@ -30,6 +30,7 @@ LONG_NAMES = {
     "stain": "staining", "voi": "volume",
 }  # fmt: skip
 IMAGE_EXTENSIONS = (".nii.gz", ".nii")
+MOST_SIDECAR_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,10 @@ class Sidecars:
         return self._contents[path]
 
     def _parse(self, path: Path) -> dict[str, Any]:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # a pipe would be waited for
+        if path.stat().st_size > MOST_SIDECAR_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"holds a {type(value).__name__}, expected an object")

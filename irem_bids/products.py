@@ -75,6 +75,11 @@ def image_sidecar(result: Result, method: str) -> dict[str, Any]:
         "Excluded": [
             {"Path": Path(one.path).name, "Reason": one.reason} for one in result.group.excluded
         ],
+        "Warnings": [
+            *result.group.warnings,
+            *_read_json(result.prepared / "step.json").get("doubts", []),
+            *step.get("doubts", []),
+        ],
         "Method": method,
         "RandomSeed": result.settings.run.random_seed,
         "Device": step.get("device", "cpu"),

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .geometry import Grid, plane, through_plane_axis
+from .headers import HeaderError, check_header, world
 
 FloatImage = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -86,7 +87,8 @@ def read_image(path: str | Path) -> tuple[FloatImage, Grid]:
     """Read a 3D NIfTI image.
 
     Trailing axes of length 1 are dropped.  The affine is the sform where its
-    code is positive, else the qform, as nibabel and ITK-SNAP do.
+    code is positive, else the qform, as nibabel and ITK-SNAP do; units as in
+    :func:`.headers.world`.  No memory is taken before the header has been judged.
 
     Raises
     ------
@@ -97,12 +99,16 @@ def read_image(path: str | Path) -> tuple[FloatImage, Grid]:
 
     name = Path(path).name
     try:
+        listed = check_header(path)
         image: Any = nib.load(path)
+        affine, _ = world(image, listed)
         data = np.asanyarray(image.dataobj)
     except FileNotFoundError as error:
         raise ImageError(
             f"{name}: the file is missing (a link to nowhere? try 'datalad get')"
         ) from error
+    except HeaderError as error:
+        raise ImageError(f"{name}: cannot be read as NIfTI: {error}") from error
     except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken file
         raise ImageError(
             f"{name}: cannot be read as NIfTI ({type(error).__name__}: {error})"
@@ -113,11 +119,12 @@ def read_image(path: str | Path) -> tuple[FloatImage, Grid]:
         raise ImageError(f"{name}: has {data.ndim} dimensions {data.shape}; expected 3")
     if data.dtype.kind not in "biuf":
         raise ImageError(f"{name}: has values of type {data.dtype}; expected real numbers")
-    data = np.asarray(data, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what single precision cannot hold is told as infinite
+        data = np.asarray(data, dtype=np.float32)
     if not np.isfinite(data).all():
         count = int((~np.isfinite(data)).sum())
         raise ImageError(f"{name}: {count} voxels are NaN or infinite; expected finite intensities")
-    return data, Grid(data.shape, image.affine)
+    return data, Grid(data.shape, affine)
 
 
 def write_image(path: str | Path, data: NDArray, grid: Grid) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import defects, plots
 from .finding import Finding, listed
-from .material import Material
+from .material import Material, step_record
 
 __all__ = ["Finding", "check", "verdict"]
 
@@ -31,6 +31,7 @@ def check(material: Material) -> list[Finding]:
         ("labels", partial(defects.labels, material.inp.group)),
         ("slice thickness", partial(defects.thickness, material)),
         ("warnings", partial(_warnings, material)),
+        ("doubts", partial(_doubts, material)),
         ("field of view", partial(defects.field_of_view, material)),
         ("agreement", partial(_agreement, material)),
         ("movement", partial(_motion, material)),
@@ -46,6 +47,17 @@ def check(material: Material) -> list[Finding]:
         except Exception as error:
             material.problem(f"the check of {name} could not be made", error)
     return [*_failed(material), *found]
+
+
+def _doubts(material: Material) -> list[Finding]:
+    """What the steps themselves found doubtful, each with its method."""
+    named = [("", material.inp.prepared), *((r.name, r.folder) for r in material.methods.values())]
+    texts = [
+        f"{name}: {text}" if name else str(text)
+        for name, folder in named
+        for text in step_record(folder).get("doubts") or ()
+    ]
+    return [Finding("Plausibility", True, text, "registration") for text in dict.fromkeys(texts)]
 
 
 def _failed(material: Material) -> list[Finding]:
