@@ -87,12 +87,13 @@ def reason_by_sidecar(metadata: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class _RawHeader:
-    """A NIfTI header as far as it is judged; ``affine`` row by row, mm."""
+    """A NIfTI header as far as it is judged; ``affine`` row by row, mm; ``kind`` as numpy's."""
 
     shape: tuple[int, ...]
     affine: tuple[float, ...]
     oriented: bool
     dtype: str
+    kind: str
     bytes_promised: int
     doubts: tuple[str, ...] = ()
 
@@ -110,10 +111,10 @@ def read_header(path: Path, isotropic_ratio: float, database: Database | None = 
     """
     memory = database or Database(path.parent)
     *values, doubts, long_enough = memory.recall(path, "header", lambda: _look(path))
-    shape, affine, oriented, dtype, promised = values
-    raw = _RawHeader(tuple(shape), tuple(affine), oriented, dtype, promised, tuple(doubts))
+    shape, affine, oriented, dtype, kind, promised = values
+    raw = _RawHeader(tuple(shape), tuple(affine), oriented, dtype, kind, promised, tuple(doubts))
     header = replace(_judge_geometry(raw, isotropic_ratio), doubts=raw.doubts)
-    if np.dtype(raw.dtype).kind not in "biuf":
+    if raw.kind not in "biuf":
         raise NotAStack(f"has values of type {raw.dtype}; expected real numbers")
     if not long_enough:
         raise ImageError(f"the file is truncated; its header promises {raw.bytes_promised} bytes")
@@ -149,6 +150,7 @@ def _look(path: Path) -> list[Any]:
         list(raw.affine),
         raw.oriented,
         raw.dtype,
+        raw.kind,
         raw.bytes_promised,
         list(raw.doubts),
         _long_enough(path, raw.bytes_promised),
@@ -183,7 +185,7 @@ def _plain_header(path: Path) -> _RawHeader | None:
         return None
     promised = int(offset) + np.dtype(dtype).itemsize * math.prod(shape)
     affine = (*struct.unpack_from("<12f", block, 280), 0.0, 0.0, 0.0, 1.0)
-    return _RawHeader(shape, affine, True, dtype, promised)
+    return _RawHeader(shape, affine, True, dtype, np.dtype(dtype).kind, promised)
 
 
 def _any_header(path: Path, listed: NDArray[np.float64] | None) -> _RawHeader:
@@ -203,7 +205,7 @@ def _any_header(path: Path, listed: NDArray[np.float64] | None) -> _RawHeader:
     except Exception as error:  # nibabel, zlib and numpy raise many kinds for a broken header
         raise ImageError(_damaged(error)) from error
     oriented = any(int(code) for code in codes)
-    return _RawHeader(shape, affine, oriented, str(dtype), promised, tuple(doubts))
+    return _RawHeader(shape, affine, oriented, str(dtype), dtype.kind, promised, tuple(doubts))
 
 
 def _damaged(error: Exception) -> str:

@@ -78,6 +78,11 @@ def _read(file: BinaryIO | gzip.GzipFile) -> tuple[int, int, NDArray[np.float64]
         if length in _MAGIC and len(block) >= length:
             break
     else:
+        if len(block) < min(_MAGIC):
+            raise HeaderError(
+                f"truncated: no NIfTI header at its start, only {len(block)} bytes of the "
+                f"{min(_MAGIC)} that one has"
+            )
         raise HeaderError(f"no NIfTI header at its start (found {bytes(block[:8])!r})")
     if length == 348:
         dims = struct.unpack(order + "8h", block[40:56])
