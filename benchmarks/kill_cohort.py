@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import machine
 
 from tests.integration import cohorts
-from tests.integration.test_kill import fault_of
+from tests.integration.test_kill import fault_of, visible
 
 
 class Watcher(threading.Thread):
@@ -41,9 +41,8 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         """Until :attr:`ended`."""
         while not self.ended.is_set():
-            for path in list(self.folder.rglob("*")):
-                if not any(p.startswith(".") for p in path.relative_to(self.folder).parts):
-                    self.look(path)
+            for path in visible(self.folder):
+                self.look(path)
             time.sleep(0.02)
 
     def look(self, path: Path) -> None:

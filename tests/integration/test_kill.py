@@ -53,9 +53,7 @@ def watch(process: subprocess.Popen, output: Path, stop: Callable[[], bool]) -> 
     seen: set[tuple[Path, int]] = set()
     wrong = []
     while process.poll() is None and not stop():
-        for path in list(output.rglob("*")):
-            if any(part.startswith(".") for part in path.relative_to(output).parts):
-                continue
+        for path in visible(output):
             try:
                 stat = path.stat()
                 if not path.is_file() or (path, stat.st_ino) in seen:
@@ -68,6 +66,15 @@ def watch(process: subprocess.Popen, output: Path, stop: Callable[[], bool]) -> 
                 wrong.append(f"{path.name}: {fault}")
         time.sleep(0.01)
     return wrong
+
+
+def visible(output: Path) -> list[Path]:
+    """Files that no hidden name or folder holds; folders may vanish while this looks."""
+    found = []
+    for folder, inner, names in os.walk(output):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [Path(folder) / name for name in names if not name.startswith(".")]
+    return found
 
 
 ENDS = {".html": b"</html>", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>"}
