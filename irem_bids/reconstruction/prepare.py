@@ -22,6 +22,7 @@ from .registration import Isotropic, agreement, isotropic, register
 from .stack import ImageError, Mask, Stack, read_image, write_image
 
 LOGGER = logging.getLogger(__name__)
+FINEST = 2.0  # mm: voxel of the images that are registered; poses are refined afterwards
 CROP_MARGIN = 15.0  # mm kept around the foreground of a stack
 
 
@@ -245,7 +246,7 @@ def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) ->
         for s in ready
     }
     reference = _choose_reference(ready, snr, options.reference, random)
-    voxel = max(1.5, min(min(s.in_plane) for s in ready) * 1.5)
+    voxel = max(FINEST, min(min(s.in_plane) for s in ready) * 1.5)
     images = [isotropic(s, voxel) for s in ready]
     poses = [RigidTransform()] * len(ready)
     if options.registration:

@@ -34,6 +34,7 @@ LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
 BETTER = 0.95  # slices move if that brings the held-out error below this share
 SLICE_ROUNDS = {4.0: 8, 2.0: 8, 1.0: 2}
+TRIAL_ROUNDS = 3  # of those at the level where the motion is chosen, before it is
 FINE_ROUNDS = 3  # of stack poses on the result's grid
 WIDTH_ROUNDS = 3
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
@@ -322,15 +323,20 @@ class _Solver:
             moving = build_system(self.job, self.grid, state)
             start = carry(image, grid, self.grid)
             self.volume = solve(moving, start, prior, iterations=10, reweightings=1)
-        self._rounds(moving, prior, Freedom(paths=paths), SLICE_ROUNDS[level])
-        self.trial = (State.of(moving, paths), self._volume, self.grid)
-        if level == DECIDE:
-            errors = {"slice": self._held_out(self.trial[0])}
+        free = Freedom(paths=paths)
+        if level > DECIDE:
+            self._rounds(moving, prior, free, SLICE_ROUNDS[level])
+            self.trial = (State.of(moving, paths), self._volume, self.grid)
+        else:
+            self._rounds(moving, prior, free, TRIAL_ROUNDS)
+            errors = {"slice": self._held_out(State.of(moving, paths))}
             self.volume, image = volume, self._volume
             errors["stack"] = self._held_out(resting)
             self.info["held_out_by_motion"] = errors
             if self.motion == "slice" or errors["slice"] < BETTER * errors["stack"]:
-                self.motion, self.state, self.volume = "slice", self.trial[0], image
+                self.motion, self.volume = "slice", image
+                self._rounds(moving, prior, free, SLICE_ROUNDS[level] - TRIAL_ROUNDS)
+                self.state = State.of(moving, paths)
                 return moving
             self.motion = "stack"
         self.volume = volume
