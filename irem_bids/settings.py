@@ -202,7 +202,7 @@ class Irem:
     )
     hidden: int = option(64, "neurons per hidden layer", low=4, high=1024)
     layers: int = option(2, "hidden layers", low=1, high=16)
-    epochs: float = option(0.5, "passes over the foreground voxels", low=0.0, high=1000.0)
+    epochs: float = option(0.25, "passes over the foreground voxels", low=0.0, high=1000.0)
     batch_size: int = option(16384, "voxels of the stacks per step", low=16)
     learning_rate: float = option(1e-2, "learning rate of the network and the grid", low=0.0)
     penalty: float = option(

@@ -34,6 +34,7 @@ LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
 BETTER = 0.95  # slices move if that brings the held-out error below this share
 SLICE_ROUNDS = {4.0: 8, 2.0: 8, 1.0: 2}
+ROUND_ITERATIONS = 8  # conjugate gradients of a round
 TRIAL_ROUNDS = 3  # of those at the level where the motion is chosen, before it is
 FINE_ROUNDS = 3  # of stack poses on the result's grid
 WIDTH_ROUNDS = 3
@@ -259,18 +260,20 @@ class _Solver:
             start = self.volume
             if start is None:
                 start = torch.zeros(grid.shape, device=self.job.device)
-            iterations, turns = (20, 2) if level > 1 else (10, 1)
+            iterations, turns = (20, 2) if level > 1 else (6, 1)
             if level > 1 or self.refined:
                 self.volume = solve(system, start, prior, iterations=iterations, reweightings=turns)
             if self.refined:
                 system = self._refine(system, prior, level)
             self.state = State.of(system, self.state.paths)
             self.progress(0.6 * (number + 1) / len(levels), f"level {number + 1} of {len(levels)}")
+        # the rounds on this grid have already done half of the work
+        iterations = options.srr_iterations // 2 if self.refined else options.srr_iterations
         self.volume = solve(
             system,
             self._volume,
             prior,
-            iterations=options.srr_iterations,
+            iterations=max(iterations, options.srr_reweightings),
             reweightings=options.srr_reweightings,
             progress=lambda f: self.progress(0.6 + 0.4 * f, "image"),
         )
@@ -344,7 +347,13 @@ class _Solver:
 
     def _rounds(self, system: System, prior: Prior, free: Freedom, rounds: int) -> None:
         self.volume, steps = refine(
-            system, self._volume, prior, free, rounds=rounds, iterations=10, after=self._after(free)
+            system,
+            self._volume,
+            prior,
+            free,
+            rounds=rounds,
+            iterations=ROUND_ITERATIONS,
+            after=self._after(free),
         )
         self.info["pose_steps_mm"] += steps
 
