@@ -24,6 +24,7 @@ from .images import (
     reason_by_name,
     reason_by_sidecar,
     slice_thickness,
+    slice_times,
 )
 from .layout import ImageFile, list_images, select_subjects
 from .masks import MaskFile, find_masks, link_name, match_masks
@@ -181,6 +182,7 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
     thickness, source, doubt = slice_thickness(
         metadata, header.spacing, inspection.acquisition.slice_thickness
     )
+    times, untimely = slice_times(metadata, header.grid.shape[header.slice_axis], header.slice_axis)
     stack = StackFile(
         path=str(image.path),
         label="",
@@ -193,10 +195,12 @@ def _inspect(image: ImageFile, inspection: _Inspection) -> _Candidate:
         mask=mask.path if mask else None,
         uri=image.uri,
         mask_uri=mask.uri if mask else None,
+        slice_times=times,
     )
     doubts = [
         *problems,
         *([doubt] if doubt else thickness_doubts(thickness, header.spacing, source)),
+        *([untimely] if untimely else []),
         *label_doubts(image.name.entities, header.plane),
         *header.doubts,
         *about_mask,

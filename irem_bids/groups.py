@@ -17,7 +17,8 @@ class StackFile:
     """One acquired stack on disk; sizes in mm, shape in voxels.
 
     ``label`` is unique in the group (``axial1``); ``thickness_source`` is
-    'sidecar', 'spacing' or 'setting'; URIs are BIDS URIs.
+    'sidecar', 'spacing' or 'setting'; URIs are BIDS URIs; ``slice_times`` in
+    seconds along the array's axis, where the sidecar has a sound ``SliceTiming``.
     """
 
     path: str
@@ -31,6 +32,7 @@ class StackFile:
     mask: str | None
     uri: str
     mask_uri: str | None = None
+    slice_times: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,7 @@ class Group:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Group:
         """The inverse of :meth:`to_dict`."""
-        stacks = tuple(
-            StackFile(**{**s, "shape": tuple(s["shape"]), "in_plane": tuple(s["in_plane"])})
-            for s in value["stacks"]
-        )
+        stacks = tuple(StackFile(**{k: _frozen(v) for k, v in s.items()}) for s in value["stacks"])
         excluded = tuple(Excluded(**e) for e in value["excluded"])
         return cls(
             value["subject"],
@@ -156,6 +155,10 @@ def _left_out(excluded: tuple[Excluded, ...]) -> list[str]:
 def _group_name(subject: str, session: str | None, suffix: str, entities: dict[str, str]) -> str:
     every = {"sub": subject, **({"ses": session} if session is not None else {}), **entities}
     return f"{join_entities(every)}_{suffix}"
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

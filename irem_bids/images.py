@@ -34,7 +34,10 @@ MOST_SURPLUS = 2**26  # bytes behind the voxels that are still read, for the che
 #: A sidecar's thickness is believed between these multiples of the slice spacing.
 THICKNESS_RANGE = (0.1, 1.5)
 #: Fields of sidecars that are looked at here.
-SIDECAR_FIELDS = ("SliceThickness", "SeriesDescription", "ProtocolName", "ImageType")
+SIDECAR_FIELDS = (
+    "SliceThickness", "SliceTiming", "SliceEncodingDirection", "SeriesDescription",
+    "ProtocolName", "ImageType",
+)  # fmt: skip
 _HEADER_BYTES = 352  # with the flag of extensions
 #: Codes of NIfTI for the types of voxels that scanners and converters write.
 _DTYPES = {
@@ -249,6 +252,30 @@ def slice_thickness(
         f"SliceThickness {str(value)[:40]!r} in the sidecar is not plausible for slices "
         f"{spacing:g} mm apart; the spacing is used (--slice-thickness overrides)",
     )
+
+
+def slice_times(
+    metadata: dict[str, Any], slices: int, axis: int
+) -> tuple[tuple[float, ...] | None, str | None]:
+    """``(seconds per slice along the array's axis, warning)`` of ``SliceTiming``.
+
+    ``SliceEncodingDirection`` with a minus counts the slices from the other end (BIDS).
+    """
+    value = metadata.get("SliceTiming")
+    if value is None or value == []:  # converters leave an empty list
+        return None, None
+    direction = str(metadata.get("SliceEncodingDirection", "ijk"[axis]))
+    sound = isinstance(value, list) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value
+    )
+    if not sound or len(value) != slices or direction.rstrip("-") != "ijk"[axis]:
+        count = f"{len(value)} entries" if isinstance(value, list) else type(value).__name__
+        return None, (
+            f"SliceTiming ({count}, direction {direction[:8]!r}) does not fit {slices} slices "
+            f"along {'ijk'[axis]}; the order of acquisition is guessed"
+        )
+    times = tuple(float(v) for v in value)
+    return (times[::-1] if direction.endswith("-") else times), None
 
 
 def _judge_geometry(raw: _RawHeader, isotropic_ratio: float) -> Header:

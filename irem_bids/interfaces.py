@@ -133,6 +133,7 @@ class Normalise(Step):
                 label=stack["label"],
                 slice_thickness=stack["slice_thickness"],
                 mask_path=stack["mask"],
+                slice_times=stack["slice_times"],
             )
             for stack in self.inputs.group["stacks"]
         ]

@@ -70,6 +70,7 @@ class Prepared:
                     "label": stack.label,
                     "slice_axis": stack.slice_axis,
                     "slice_thickness": stack.slice_thickness,
+                    "slice_times": stack.slice_times,
                     "affine": stack.grid.affine.tolist(),
                     "pose": pose.matrix.tolist(),
                 }
@@ -97,7 +98,13 @@ class Prepared:
             held, _ = read_image(images / f"{row['label']}_heldout.nii.gz")
             stacks.append(
                 Stack(
-                    row["label"], data, grid, row["slice_axis"], row["slice_thickness"], mask > 0.5
+                    row["label"],
+                    data,
+                    grid,
+                    row["slice_axis"],
+                    row["slice_thickness"],
+                    mask > 0.5,
+                    None if row["slice_times"] is None else tuple(row["slice_times"]),
                 )
             )
             held_out.append(held > 0.5)
@@ -156,7 +163,14 @@ def cropped(stack: Stack, margin: float) -> Stack:
     box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     affine = np.array(stack.grid.affine)
     affine[:3, 3] = stack.grid.to_world(low)
-    return replace(stack, data=stack.data[box], mask=stack.mask[box], grid=Grid(high - low, affine))
+    times = stack.slice_times
+    return replace(
+        stack,
+        data=stack.data[box],
+        mask=stack.mask[box],
+        grid=Grid(high - low, affine),
+        slice_times=None if times is None else times[box[stack.slice_axis]],
+    )
 
 
 def prepared_slices(acquired: Stack, prepared: Stack) -> dict[str, int]:

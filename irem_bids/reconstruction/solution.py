@@ -371,15 +371,18 @@ class _Solver:
     def _paths(self, system: System) -> list[trajectory.Path]:
         """Slices at rest, with the noise that the residuals show."""
         residuals = system.residuals(self._volume)
+        stacks = self.job.prepared.stacks
         return [
             trajectory.Path(
                 np.zeros((model.slices, 6)),
-                trajectory.orders(model.slices),
+                trajectory.orders(model.slices, stack.slice_times),
                 _noise(model, residual, system.slice_weights[s]),
                 shares=_shares(model) if s == system.reference else None,
                 base=RigidTransform(model.poses[0]),
             )
-            for s, (model, residual) in enumerate(zip(system.models, residuals, strict=True))
+            for s, (stack, model, residual) in enumerate(
+                zip(stacks, system.models, residuals, strict=True)
+            )
         ]
 
     def _held_out(self, state: State) -> float:

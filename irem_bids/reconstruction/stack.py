@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Stack:
         Width of the slice profile in mm; differs from the spacing when there is a gap.
     mask
         (I, J, K) foreground.
+    slice_times
+        When each slice was acquired, s, where that is known (``SliceTiming``).
     """
 
     label: str
@@ -48,6 +51,7 @@ class Stack:
     slice_axis: int
     slice_thickness: float
     mask: Mask
+    slice_times: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.data.shape != self.grid.shape or self.mask.shape != self.grid.shape:
@@ -152,6 +156,7 @@ def read_stack(
     label: str,
     slice_thickness: float | None = None,
     mask_path: str | Path | None = None,
+    slice_times: Sequence[float] | None = None,
 ) -> Stack:
     """Read a stack; the slice axis is the one with the largest voxels.
 
@@ -165,7 +170,8 @@ def read_stack(
     mask = np.ones(data.shape, dtype=bool)
     if mask_path is not None:
         mask = read_mask(mask_path, grid)
-    return Stack(label, data, grid, axis, thickness, mask)
+    times = None if slice_times is None else tuple(slice_times)
+    return Stack(label, data, grid, axis, thickness, mask, times)
 
 
 def read_mask(path: str | Path, grid: Grid) -> Mask:

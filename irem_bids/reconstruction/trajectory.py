@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ ANCHOR = 5.0  # degrees and mm: standard deviation of a slice's place about its 
 GAUGE = 1e4  # strength, over the anchor's, that keeps the reference's mean motion at 0
 
 
-def orders(slices: int, times: NDArray[np.float64] | None = None) -> dict[str, NDArray[np.intp]]:
+def orders(slices: int, times: Sequence[float] | None = None) -> dict[str, NDArray[np.intp]]:
     """Candidates of the order of acquisition; one where ``SliceTiming`` (s) tells it."""
     if times is not None and len(times) == slices and np.ptp(times) > 0:
         return {"SliceTiming": np.argsort(times, kind="stable")}

@@ -13,7 +13,7 @@ import pytest
 
 from irem_bids.bids import Group, dataset_links, describe, discover
 from irem_bids.exitcodes import ExitCode, UserError
-from irem_bids.images import read_header, slice_thickness
+from irem_bids.images import read_header, slice_thickness, slice_times
 from irem_bids.names import Sidecars, natural_key, parse_name
 from irem_bids.reconstruction.geometry import Grid
 from irem_bids.reconstruction.stack import ImageError, read_image, write_image
@@ -368,6 +368,41 @@ def test_slice_thickness(value, setting, expected):
     assert (thickness, source) == expected
     implausible = source == "spacing"
     assert (doubt is not None) == implausible
+
+
+@pytest.mark.parametrize(
+    ("times", "direction", "expected"),
+    [
+        ([0.0, 1.5, 0.5], "k", (0.0, 1.5, 0.5)),
+        ([0.0, 1.5, 0.5], "k-", (0.5, 1.5, 0.0)),
+        ([0, 1, 2], None, (0.0, 1.0, 2.0)),
+        ([0.0, 1.5], "k", None),
+        ([0.0, 1.5, 0.5], "i", None),
+        ([0.0, "1", 0.5], "k", None),
+        ([0.0, float("inf"), 0.5], "k", None),
+        (3, "k", None),
+    ],
+)
+def test_slice_times(times, direction, expected):
+    metadata = {"SliceTiming": times}
+    if direction:
+        metadata["SliceEncodingDirection"] = direction
+    found, doubt = slice_times(metadata, 3, 2)
+    assert found == expected
+    assert (doubt is None) == (expected is not None)
+    assert slice_times({}, 3, 2) == slice_times({"SliceTiming": []}, 3, 2) == (None, None)
+
+
+def test_slice_times_come_with_the_group(tiny_dataset):
+    path = anat(tiny_dataset) / "sub-01_acq-ax_T1w.json"
+    count = read_image(path.with_suffix(".nii.gz"))[0].shape[2]
+    path.write_text(json.dumps({"SliceTiming": list(range(count))}))
+    group = discover(tiny_dataset, Settings()).groups[0]
+    assert Group.from_dict(json.loads(json.dumps(group.to_dict()))) == group
+    times = {s.label: s.slice_times for s in group.stacks}
+    assert times == {
+        "axial1": tuple(float(k) for k in range(count)), "coronal1": None, "sagittal1": None
+    }  # fmt: skip
 
 
 def test_an_implausible_thickness_is_a_warning_of_the_group(tiny_dataset):

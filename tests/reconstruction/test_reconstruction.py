@@ -342,8 +342,11 @@ def test_cropping_keeps_every_voxel_in_its_place(prepared: Prepared) -> None:
     stack = prepared.stacks[0]
     mask = np.zeros(stack.grid.shape, bool)
     mask[4:9, 6:9, 2:4] = True
-    small = cropped(stack.with_data(stack.data, mask), 0.5)
+    times = tuple(float(k) for k in range(stack.grid.shape[stack.slice_axis]))
+    small = cropped(replace(stack, mask=mask, slice_times=times), 0.5)
     assert small.grid.shape == (7, 5, 4)
+    assert small.slice_times is not None
+    assert len(small.slice_times) == small.grid.shape[stack.slice_axis]
     assert np.array_equal(small.data[small.mask], stack.data[mask])
     places = (s.grid.to_world(np.argwhere(m)) for s, m in ((small, small.mask), (stack, mask)))
     assert np.allclose(*places)
