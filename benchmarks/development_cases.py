@@ -21,13 +21,15 @@ import torch
 from simulated_head import machine, truth_volume
 
 from irem_bids.reconstruction.evaluation import evaluate, pose_errors
-from irem_bids.reconstruction.gauge import common_motion
+from irem_bids.reconstruction.gauge import Gauge, common_motion, gauge
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
+from irem_bids.reconstruction.masks import output_mask
 from irem_bids.reconstruction.metrics import head_mask
 from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
 from irem_bids.reconstruction.protocol import Protocol
 from irem_bids.reconstruction.simulate import SimulatedStack, bias_field, simulate
+from irem_bids.reconstruction.uncertainty import METHODS, standard_deviation
 from irem_bids.settings import Settings
 
 MOTION = {"motion_degrees": 4.0, "motion_mm": 4.0, "gain": 0.08}
@@ -181,6 +183,42 @@ def gain_errors(
     return [float(v - 1) for v in ratio]
 
 
+def calibration(
+    deviation: np.ndarray,
+    grid: Grid,
+    fitted: Gauge,
+    truth: np.ndarray,
+    where: Grid,
+    mask: np.ndarray,
+) -> dict[str, Any]:
+    """The error against the standard deviation: 20 bins of equal size, intervals of 95 %.
+
+    ``unmapped``: share of the truth's head that lies outside the result's mask (deviation 0).
+    """
+    from scipy.ndimage import map_coordinates
+
+    points = grid.to_index(fitted.transform.apply(where.to_world(np.argwhere(mask))))
+    expected = fitted.scale * map_coordinates(deviation, points.T, order=1, mode="constant")
+    error = (fitted.volume - truth)[mask].astype(np.float64)
+    inside = expected > 0
+    error, expected = error[inside], expected[inside].astype(np.float64)
+    edges = np.quantile(expected, np.linspace(0, 1, 21))
+    bins = np.clip(np.searchsorted(edges, expected) - 1, 0, 19)
+    predicted, seen = (
+        np.array([np.sqrt(np.mean(v[bins == i] ** 2)) for i in range(20)])
+        for v in (expected, error)
+    )
+    return {
+        "within_95": float(np.mean(np.abs(error) < 1.96 * expected)),
+        "correlation_of_bins": float(np.corrcoef(predicted, seen)[0, 1]),
+        "rms_expected": float(np.sqrt(np.mean(expected**2))),
+        "rms_error": float(np.sqrt(np.mean(error**2))),
+        "bins_expected": [float(f"{v:.4g}") for v in predicted],
+        "bins_error": [float(f"{v:.4g}") for v in seen],
+        "unmapped": float(1 - inside.mean()),
+    }
+
+
 class Bench:
     """One case and seed: simulated, prepared, and ready for methods."""
 
@@ -199,6 +237,7 @@ class Bench:
         self.seconds = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu}
         self.target = output_grid(self.prepared, self.settings.output)
         self.mask = head_mask(self.volume)
+        self.calibrated = options.calibration
 
     def run(self, method: str, settings: Settings) -> dict[str, Any]:
         """Fit and score a method."""
@@ -230,10 +269,21 @@ class Bench:
             out["gain_errors"] = gain_errors(
                 self.prepared, found, self.simulated, self.protocol.bias
             )
-        if self.lesions:
-            from irem_bids.reconstruction.gauge import gauge
-
+        fitted = None
+        if self.calibrated and method in METHODS:
             fitted = gauge(image, found.grid, self.volume, self.grid, self.mask, threads=2)
+            started, cpu = time.monotonic(), time.process_time()
+            head = output_mask(self.prepared, found.grid)
+            deviation = standard_deviation(self.prepared, found, image, found.grid, head, settings)
+            seconds["uncertainty_wall"] = time.monotonic() - started
+            seconds["uncertainty_cpu"] = time.process_time() - cpu
+            out["calibration"] = calibration(
+                deviation, found.grid, fitted, self.volume, self.grid, self.mask
+            )
+        if self.lesions:
+            fitted = fitted or gauge(
+                image, found.grid, self.volume, self.grid, self.mask, threads=2
+            )
             out["contrast"] = lesion_contrast(
                 fitted.volume, self.volume, self.clean, self.lesions, self.grid
             )
@@ -269,6 +319,9 @@ def main() -> None:
     parser.add_argument("--crop", type=float, help="middle of the truth, mm")
     parser.add_argument("--protocol", default="{}", help="changes of the protocol, JSON")
     parser.add_argument("--set", nargs="*", default=[], help="section.option=JSON")
+    parser.add_argument(
+        "--calibration", action="store_true", help="standard deviations against the errors"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -23,7 +23,7 @@ METHOD_SECTIONS = {
     "srr": ("acquisition", "srr"),
     "bspline": ("acquisition",),
 }
-GRID_SETTINGS = ("output_resolution", "margin")
+IMAGE_SETTINGS = ("output_resolution", "margin", "uncertainty")
 
 
 def file_digest(path: str | Path) -> str:
@@ -57,7 +57,7 @@ def method_settings(settings: Settings, method: str) -> dict[str, dict[str, Any]
     """The sections that one method's image depends on."""
     output = section(settings, "output")
     tables = {name: section(settings, name) for name in METHOD_SECTIONS[method]}
-    tables["output"] = {name: output[name] for name in GRID_SETTINGS}
+    tables["output"] = {name: output[name] for name in IMAGE_SETTINGS}
     tables["normalise"] = section(settings, "normalise")
     tables["run"] = section(settings, "run")
     return tables

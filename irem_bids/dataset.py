@@ -19,8 +19,8 @@ from .claims import alone
 from .exitcodes import ExitCode, UserError
 
 IGNORED = (
-    "*_xfm.txt", "*_qc.json", "*_qc.tsv", "*_model.safetensors", "*.html", "figures", "logs",
-    "group_*", ".irem-bids-*",
+    "*_std.nii.gz", "*_std.json", "*_xfm.txt", "*_qc.json", "*_qc.tsv", "*_model.safetensors",
+    "*.html", "figures", "logs", "group_*", ".irem-bids-*",
 )  # fmt: skip
 README = """# irem-bids derivatives
 
@@ -29,6 +29,7 @@ Isotropic MR images reconstructed from stacks of thick slices.
 - `sub-*.html`: one report per participant and session; open it first
 - `*_desc-<method>_T1w.nii.gz` (or T2w, PDw, FLAIR): the reconstruction; its sidecar has the
   stacks, thicknesses, settings, versions and metrics
+- `*_desc-<method>_std.nii.gz`: standard deviation of each voxel of the reconstruction
 - `*_desc-brain_mask.nii.gz`, `*_desc-head_mask.nii.gz`: foreground on the same grid; brain if
   masks were given, else head
 - `*_from-<stack>_to-<reference>_mode-image_xfm.txt`: ITK transform that resamples the stack into

@@ -249,7 +249,7 @@ class _ReconstructInput(StepInput):
 
 
 class _ReconstructOutput(TraitedSpec):
-    folder = Directory(desc="model, volume.nii.gz, mask.nii.gz, quality.json")
+    folder = Directory(desc="model, volume.nii.gz, mask.nii.gz, std.nii.gz, quality.json")
     key = traits.Str(desc="the model's key")
 
 
@@ -260,6 +260,7 @@ class Reconstruct(Step):
     output_spec = _ReconstructOutput
 
     def _work(self, folder: Path) -> None:
+        from .reconstruction import uncertainty
         from .reconstruction.masks import output_mask
         from .reconstruction.metrics import snr
         from .reconstruction.optimise import Fit, quality
@@ -278,21 +279,31 @@ class Reconstruct(Step):
             started = time.monotonic()
             values = sample(result.field.to(device), grid, device=device)
             metrics = quality(prepared, result, settings, values)
+            seconds = {"reconstruct": round(time.monotonic() - started, 2)}
+            mask, deviation = output_mask(prepared, grid), None
+            if settings.output.uncertainty and result.method in uncertainty.METHODS:
+                stop.check()
+                started = time.monotonic()
+                deviation = uncertainty.standard_deviation(
+                    prepared, result, values, grid, mask, settings, device=device
+                )
+                seconds["uncertainty"] = round(time.monotonic() - started, 2)
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
-        mask = output_mask(prepared, grid)
         found = _judge(prepared, result, values, grid, mask, metrics)
         found.refuse()
         if set(prepared.metrics["masked"].values()) == {"given"}:
             values[~mask] = 0  # the masks say what the result is about
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
         write_image(target / "mask.nii.gz", mask, grid)
+        if deviation is not None:
+            write_image(target / "std.nii.gz", deviation * prepared.scale, grid)
         ratio = snr(values, mask)
         metrics["snr_result"] = ratio if math.isfinite(ratio) else None
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
         step["doubts"] = list(found.doubts)
-        step["seconds"]["reconstruct"] = round(time.monotonic() - started, 2)
+        step["seconds"] |= seconds
         write_json(target / "step.json", step)
         self._results.update(folder=str(target), key=self.inputs.model_key)
 

@@ -36,6 +36,7 @@ PATTERNS = [
     "{extension<.nii.gz|.json>|.nii.gz}",
     _START + _SHARED + "_from-{from}_to-{to}_mode-{mode<image|points>|image}[_desc-{desc}]"
     "_{suffix<xfm>|xfm}{extension<.txt>|.txt}",
+    _START + _SHARED + "[_desc-{desc}]_{suffix<std>}{extension<.nii.gz|.json>|.nii.gz}",
     _START + _SHARED + "[_desc-{desc}]_{suffix<qc>}{extension<.json|.tsv>|.json}",
     _START + _SHARED + "[_desc-{desc}]_{suffix<model>}{extension<.safetensors>|.safetensors}",
 ]

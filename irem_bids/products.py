@@ -29,7 +29,7 @@ class Result:
         Folder of ``Prepared.save``.
     methods
         Method to its folder with ``volume.nii.gz``, ``mask.nii.gz``, ``quality.json``,
-        ``fit.json``, ``step.json`` and ``model.safetensors``.
+        ``fit.json``, ``step.json``, ``model.safetensors`` and, where asked for, ``std.nii.gz``.
     keys
         Method to the key of its result (:mod:`irem_bids.completion`).
     provenance
@@ -170,6 +170,7 @@ def products(result: Result, made: Path) -> list[Product]:
         sidecar = image_sidecar(result, method)
         image = {"suffix": group.suffix, "desc": method, "extension": ".nii.gz"}
         files.append(Product(folder / "volume.nii.gz", image, sidecar))
+        files += _deviation(result, method, sidecar)
         files += _quality_files(method, sidecar, group, made)
         model = folder / "model.safetensors"
         if result.settings.output.model_out and model.is_file():
@@ -180,6 +181,19 @@ def products(result: Result, made: Path) -> list[Product]:
     if result.settings.output.save_registered:
         files += _registered_stacks(result, made)
     return files
+
+
+def _deviation(result: Result, method: str, image: dict[str, Any]) -> list[Product]:
+    path = result.methods[method] / "std.nii.gz"
+    if not path.is_file():
+        return []
+    sidecar = {
+        "Description": "Standard deviation of each voxel of the image, by reconstructing stacks "
+        "simulated from it; 0 outside the mask",
+        "Sources": [f"bids::{image_path(result.group, method)}"],
+        **{key: image[key] for key in ("Resolution", "Units", "SkullStripped")},
+    }
+    return [Product(path, {"suffix": "std", "desc": method, "extension": ".nii.gz"}, sidecar)]
 
 
 def _mask_product(result: Result) -> Product:

@@ -265,6 +265,9 @@ class Output:
         5.0, "margin around the head in the result", unit="mm", low=0.0, high=100.0
     )
     save_registered: bool = option(False, "also write the stacks resampled to the result's grid")
+    uncertainty: bool = option(
+        True, "also write a standard deviation for each voxel (irem and srr)"
+    )
     model_out: bool = option(False, "also write the trained field, for irem-bids-sample")
 
 

@@ -230,18 +230,23 @@ def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
     return Prior(weight, settings.srr.srr_huber)
 
 
-def solve_linear(job: Job, *, refined: bool, progress: Progress) -> Linear:
-    """Coarse to fine; with ``refined``, the acquisition along with the image."""
-    return _Solver(job, refined, progress).run()
+def solve_linear(
+    job: Job, *, refined: bool, progress: Progress, state: State | None = None
+) -> Linear:
+    """Coarse to fine; with ``refined``, the acquisition along with the image.
+
+    ``state``: the acquisition at first; that of registration if not given.
+    """
+    return _Solver(job, refined, progress, state or State.registered(job.prepared)).run()
 
 
 class _Solver:
     """The levels of one solution."""
 
-    def __init__(self, job: Job, refined: bool, progress: Progress) -> None:
+    def __init__(self, job: Job, refined: bool, progress: Progress, state: State) -> None:
         self.job, self.refined, self.progress = job, refined, progress
         self.prior = penalty_strength(job.prepared, job.settings)
-        self.state = State.registered(job.prepared)
+        self.state = state
         self.volume: Tensor | None = None
         self.grid = job.grid
         options = job.settings.irem

@@ -73,6 +73,7 @@ def test_names_of_all_files(result: Result, tmp_path: Path) -> None:
     settings = result.settings.updated({"output": {"save_registered": True, "model_out": True}})
     model = result.methods["irem"] / "model.safetensors"
     model.write_bytes(b"field")
+    shutil.copy(result.methods["irem"] / "volume.nii.gz", result.methods["irem"] / "std.nii.gz")
     derivatives.save(replace(result, settings=settings), tmp_path / "out")
     anat = "sub-01/anat/sub-01_"
     assert names(tmp_path / "out") == sorted(
@@ -95,6 +96,8 @@ def test_names_of_all_files(result: Result, tmp_path: Path) -> None:
             "desc-irem_model.safetensors",
             "desc-irem_qc.json",
             "desc-irem_qc.tsv",
+            "desc-irem_std.json",
+            "desc-irem_std.nii.gz",
             "from-coronal1_to-axial1_mode-image_desc-irem_xfm.txt",
             "from-coronal1_to-axial1_mode-image_xfm.txt",
             "from-sagittal1_to-axial1_mode-image_desc-irem_xfm.txt",
@@ -107,6 +110,7 @@ def test_validator_reports_no_error(result: Result, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = result.settings.updated({"output": {"save_registered": True, "model_out": True}})
     (result.methods["irem"] / "model.safetensors").write_bytes(b"field")
+    shutil.copy(result.methods["irem"] / "volume.nii.gz", result.methods["irem"] / "std.nii.gz")
     links = {"raw": tmp_path.as_uri(), "masks": tmp_path.as_uri()}
     dataset.write_dataset_files(out, links)
     for group in (
