@@ -8,10 +8,12 @@ Inputs marked ``nohash`` cannot change a result.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 import traceback as tracebacks
@@ -94,11 +96,32 @@ def failure_code(error: BaseException) -> int:
     return int(ExitCode.FAILURE)
 
 
-def set_threads(count: int) -> None:
-    """Limit torch to ``count`` threads in this process."""
-    import torch
+class Meter:
+    """Seconds and peak memory of a step, as ``step.json`` has them."""
 
-    torch.set_num_threads(count)
+    def __init__(self, threads: int) -> None:
+        """Start, with torch limited to ``threads`` threads in this process."""
+        import torch
+
+        torch.set_num_threads(threads)
+        with contextlib.suppress(OSError):  # the peak of the process so far is forgotten
+            Path("/proc/self/clear_refs").write_text("5")
+        self.started = time.monotonic()
+
+    def read(self, name: str, device: str = "cpu") -> dict[str, dict[str, float]]:
+        """Seconds, and peak memory in 10^9 bytes, since the start."""
+        found = {"seconds": {name: round(time.monotonic() - self.started, 2)}}
+        status = Path("/proc/self/status").read_text()
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+        if peak:
+            found["memory_gb"] = {name: round(int(peak[1]) * 1024 / 1e9, 3)}
+        if device.startswith("cuda"):
+            import torch
+
+            most = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)  # for the next step of this process
+            found["gpu_memory_gb"] = {name: round(most / 1e9, 3)}
+        return found
 
 
 # ---------------------------------------------------------------- normalise, paper 2.1
@@ -124,8 +147,7 @@ class Normalise(Step):
         from .reconstruction.prepare import prepare, prepared_slices
         from .reconstruction.stack import read_stack
 
-        started = time.monotonic()
-        set_threads(self.inputs.threads)
+        meter = Meter(self.inputs.threads)
         key = completion.inputs_key(self.inputs.group, self.inputs.settings)
         stacks = [
             read_stack(
@@ -146,7 +168,7 @@ class Normalise(Step):
         pairs = prepared.metrics.get("ncc_pairs", ())
         found = plausible.judge_poses(prepared.stacks, prepared.poses, centre, pairs)
         step = {
-            "seconds": {"normalise": round(time.monotonic() - started, 2)},
+            **meter.read("normalise"),
             "reference": prepared.stacks[prepared.reference].label,
             "poses": {
                 stack.label: pose.matrix.tolist()
@@ -195,7 +217,7 @@ class Optimise(Step):
         from .reconstruction.prepare import Prepared, output_grid
         from .resources import claimed_device
 
-        set_threads(self.inputs.threads)
+        meter = Meter(self.inputs.threads)
         method = self.inputs.method
         settings = Settings.from_dict(self.inputs.settings).updated(
             {"run": {"checkpoint_seconds": stop.Seconds(self.inputs.checkpoint_seconds)}}
@@ -214,7 +236,7 @@ class Optimise(Step):
             log.Progress(name) as progress,
             stop.training(),
         ):
-            started = time.monotonic()
+            meter.started = time.monotonic()  # waiting for a device is no work
 
             def told(fraction: float, message: str) -> None:
                 stop.check()
@@ -230,8 +252,8 @@ class Optimise(Step):
                 progress=told,
             )
             result.save(target)
-        seconds = round(time.monotonic() - started, 2)
-        write_json(target / "step.json", {"device": device, "seconds": {"optimise": seconds}})
+            cost = meter.read("optimise", device)
+        write_json(target / "step.json", {"device": device, **cost})
         shutil.rmtree(checkpoint, ignore_errors=True)
         self._results.update(model=str(target), key=key)
 
@@ -269,25 +291,25 @@ class Reconstruct(Step):
         from .reconstruction.stack import write_image
         from .resources import claimed_device
 
-        set_threads(self.inputs.threads)
+        meter = Meter(self.inputs.threads)
         settings = Settings.from_dict(self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
         result = Fit.load(Path(self.inputs.model))
         grid = output_grid(prepared, settings.output)
         locks = Path(self.inputs.checkpoints) / "locks"
         with claimed_device(self.inputs.devices, locks) as device:
-            started = time.monotonic()
+            meter.started = time.monotonic()
             values = sample(result.field.to(device), grid, device=device)
             metrics = quality(prepared, result, settings, values)
-            seconds = {"reconstruct": round(time.monotonic() - started, 2)}
+            costs = [meter.read("reconstruct", device)]
             mask, deviation = output_mask(prepared, grid), None
             if settings.output.uncertainty and result.method in uncertainty.METHODS:
                 stop.check()
-                started = time.monotonic()
+                meter = Meter()
                 deviation = uncertainty.standard_deviation(
                     prepared, result, values, grid, mask, settings, device=device
                 )
-                seconds["uncertainty"] = round(time.monotonic() - started, 2)
+                costs.append(meter.read("uncertainty", device))
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
         found = _judge(prepared, result, values, grid, mask, metrics)
@@ -303,7 +325,9 @@ class Reconstruct(Step):
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
         step["doubts"] = list(found.doubts)
-        step["seconds"] |= seconds
+        for cost in costs:
+            for what, of_step in cost.items():
+                step[what] = {**step.get(what, {}), **of_step}
         write_json(target / "step.json", step)
         self._results.update(folder=str(target), key=self.inputs.model_key)
 

@@ -107,6 +107,13 @@ def test_every_section_is_there_and_linked(built):
         assert text in page.text
 
 
+def test_cost_of_each_step_is_shown(built):
+    text = Page(built[2]).text
+    assert re.search(r"Step\s+Seconds\s+Memory, peak \(GB\)", text)
+    assert re.search(r"normalise\s+3.2\s+n/a", text)
+    assert re.search(r"optimise irem\s+10.0\s+1.2\s", text)
+
+
 def test_every_picture_exists_and_has_words(built):
     _, out, path = built
     images = Page(path).all("img")

@@ -9,12 +9,13 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nipype.interfaces.base import TraitedSpec, traits
 from nipype.pipeline.engine import Node, Workflow
 
 from irem_bids import completion
-from irem_bids.interfaces import Step, StepInput, failure_code
+from irem_bids.interfaces import Meter, Step, StepInput, failure_code
 from irem_bids.plugin import SturdyMultiProc
 from irem_bids.reconstruction.stack import ImageError
 from irem_bids.resources import Resources
@@ -213,3 +214,14 @@ def test_killed_worker_fails_its_step_and_others_go_on(tmp_path: Path) -> None:
 
 def _false(_: int) -> bool:
     return False
+
+
+def test_meter_tells_the_peak_of_its_own_step() -> None:
+    first = Meter(1)
+    array = np.ones(60_000_000)  # 0.48 GB
+    del array
+    before = first.read("big")
+    assert before["seconds"]["big"] >= 0
+    assert before["memory_gb"]["big"] > 0.48
+    after = Meter(1).read("small")
+    assert after["memory_gb"]["small"] < before["memory_gb"]["big"] - 0.4

@@ -8,6 +8,21 @@
     sagittal: { col: 1, row: 2, normal: 0, edges: ["A", "P", "S", "I"] },
   };
   const numbers = (text) => text.split(" ").map(Number);
+  const short = (value) => String(Number(value.toPrecision(3)));
+
+  // 256 colours, red, green and blue each: between "#rrggbb #rrggbb ...", or grey.
+  function palette(text) {
+    const stops = (text || "#000000 #ffffff").split(" ").map((colour) =>
+      [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)));
+    const table = new Uint8ClampedArray(768);
+    for (let i = 0; i < 256; i++) {
+      const place = (i / 255) * (stops.length - 1);
+      const below = Math.min(Math.floor(place), stops.length - 2);
+      for (let c = 0; c < 3; c++)
+        table[3 * i + c] = stops[below][c] + (place - below) * (stops[below + 1][c] - stops[below][c]);
+    }
+    return table;
+  }
 
   async function decode(holder, shape) {
     const picture = new Image();
@@ -41,6 +56,8 @@
       this.zoom = 1;
       this.volumes = new Map();
       this.holders = [...root.querySelectorAll("template.volume")];
+      this.palettes = this.holders.map((holder) => palette(holder.dataset.colours));
+      this.scale = root.querySelector(".scale");
       this.output = root.querySelector("output");
       this.canvases = [...root.querySelectorAll("canvas")];
       this.radios = [...root.querySelectorAll("input[type=radio]")];
@@ -153,6 +170,7 @@
     draw() {
       const values = this.volumes.get(this.chosen);
       if (!values) return;
+      if (this.scale) this.scale.hidden = !this.holders[this.chosen].dataset.colours;
       for (const canvas of this.canvases) this.paint(canvas, values);
       this.describe(values);
     }
@@ -166,11 +184,13 @@
       this.scratch.height = rows;
       const flat = this.scratch.getContext("2d");
       const image = flat.createImageData(columns, rows);
+      const colours = this.palettes[this.chosen];
       const base = this.cursor[plane.normal] * strides[plane.normal];
       for (let r = 0, o = 0; r < rows; r++) {
         const line = base + (rows - 1 - r) * strides[plane.row];
         for (let c = columns - 1; c >= 0; c--, o += 4) {
-          image.data.fill(values[line + c * strides[plane.col]], o, o + 3);
+          const from = 3 * values[line + c * strides[plane.col]];
+          for (let i = 0; i < 3; i++) image.data[o + i] = colours[from + i];
           image.data[o + 3] = 255;
         }
       }
@@ -236,10 +256,15 @@
       const place = mm.map((v, i) => `${sides[i][v < 0 ? 1 : 0]} ${Math.abs(v).toFixed(1)}`);
       const [x, y, z] = this.cursor;
       const value = values[x + this.shape[0] * (y + this.shape[1] * z)];
-      const name = this.holders[this.chosen].dataset.name;
-      const white = Math.round((100 * value) / 255);
+      const { name, ends, colours } = this.holders[this.chosen].dataset;
+      const [low, high] = numbers(ends);
+      const at = low + ((high - low) * value) / 255;
+      const most = value === 255 ? "at least " : "";
+      const words = colours
+        ? `standard deviation ${most}${short(at)}, 95 % within ± ${most}${short(1.96 * at)}`
+        : `intensity ${most}${short(at)}, ${Math.round((100 * value) / 255)} % of white`;
       const zoom = this.zoom > 1 ? `, zoom ${this.zoom.toFixed(1)}` : "";
-      this.output.textContent = `${name} at ${place.join(", ")} mm: ${white} % of white${zoom}`;
+      this.output.textContent = `${name} at ${place.join(", ")} mm: ${words}${zoom}`;
     }
   }
 
