@@ -8,12 +8,10 @@ Inputs marked ``nohash`` cannot change a result.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import time
 import traceback as tracebacks
@@ -31,6 +29,7 @@ from nipype.interfaces.base import (
 from . import __version__, completion, derivatives, log, stop
 from .atomic import write_json
 from .products import Result
+from .resources import Meter, claimed_device
 from .settings import Settings
 
 FAILURE_FILE = "failure.json"
@@ -96,32 +95,11 @@ def failure_code(error: BaseException) -> int:
     return int(ExitCode.FAILURE)
 
 
-class Meter:
-    """Seconds and peak memory of a step, as ``step.json`` has them."""
+def set_threads(count: int) -> None:
+    """Limit torch to ``count`` threads in this process."""
+    import torch
 
-    def __init__(self, threads: int) -> None:
-        """Start, with torch limited to ``threads`` threads in this process."""
-        import torch
-
-        torch.set_num_threads(threads)
-        with contextlib.suppress(OSError):  # the peak of the process so far is forgotten
-            Path("/proc/self/clear_refs").write_text("5")
-        self.started = time.monotonic()
-
-    def read(self, name: str, device: str = "cpu") -> dict[str, dict[str, float]]:
-        """Seconds, and peak memory in 10^9 bytes, since the start."""
-        found = {"seconds": {name: round(time.monotonic() - self.started, 2)}}
-        status = Path("/proc/self/status").read_text()
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-        if peak:
-            found["memory_gb"] = {name: round(int(peak[1]) * 1024 / 1e9, 3)}
-        if device.startswith("cuda"):
-            import torch
-
-            most = torch.cuda.max_memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)  # for the next step of this process
-            found["gpu_memory_gb"] = {name: round(most / 1e9, 3)}
-        return found
+    torch.set_num_threads(count)
 
 
 # ---------------------------------------------------------------- normalise, paper 2.1
@@ -147,7 +125,8 @@ class Normalise(Step):
         from .reconstruction.prepare import prepare, prepared_slices
         from .reconstruction.stack import read_stack
 
-        meter = Meter(self.inputs.threads)
+        set_threads(self.inputs.threads)
+        meter = Meter()
         key = completion.inputs_key(self.inputs.group, self.inputs.settings)
         stacks = [
             read_stack(
@@ -186,18 +165,21 @@ class Normalise(Step):
         self._results.update(prepared=str(target), key=key)
 
 
-# ----------------------------------------------------------------- optimise, paper 2.2
-class _OptimiseInput(StepInput):
+class _MethodInput(StepInput):
     prepared = Directory(mandatory=True)
-    prepared_key = traits.Str(mandatory=True)
-    method = traits.Str(mandatory=True)
     settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
-    checkpoints = Directory(mandatory=True, nohash=True, desc="folder of all checkpoints")
-    checkpoint_seconds = traits.Float(60.0, usedefault=True, nohash=True)
-    afresh = traits.Bool(False, usedefault=True, nohash=True, desc="forget an old checkpoint")
+    checkpoints = Directory(mandatory=True, nohash=True, desc="of all methods; has 'locks'")
     devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
     use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
     threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+# ----------------------------------------------------------------- optimise, paper 2.2
+class _OptimiseInput(_MethodInput):
+    prepared_key = traits.Str(mandatory=True)
+    method = traits.Str(mandatory=True)
+    checkpoint_seconds = traits.Float(60.0, usedefault=True, nohash=True)
+    afresh = traits.Bool(False, usedefault=True, nohash=True, desc="forget an old checkpoint")
 
 
 class _OptimiseOutput(TraitedSpec):
@@ -215,9 +197,9 @@ class Optimise(Step):
     def _work(self, folder: Path) -> None:
         from .reconstruction.optimise import fit
         from .reconstruction.prepare import Prepared, output_grid
-        from .resources import claimed_device
 
-        meter = Meter(self.inputs.threads)
+        set_threads(self.inputs.threads)
+        meter = Meter()
         method = self.inputs.method
         settings = Settings.from_dict(self.inputs.settings).updated(
             {"run": {"checkpoint_seconds": stop.Seconds(self.inputs.checkpoint_seconds)}}
@@ -259,15 +241,9 @@ class Optimise(Step):
 
 
 # -------------------------------------------------------------- reconstruct, paper 2.3
-class _ReconstructInput(StepInput):
-    prepared = Directory(mandatory=True)
+class _ReconstructInput(_MethodInput):
     model = Directory(mandatory=True)
     model_key = traits.Str(mandatory=True)
-    settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
-    checkpoints = Directory(mandatory=True, nohash=True, desc="its folder 'locks' is used")
-    devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
-    use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
-    threads = traits.Int(1, usedefault=True, nohash=True)
 
 
 class _ReconstructOutput(TraitedSpec):
@@ -289,9 +265,9 @@ class Reconstruct(Step):
         from .reconstruction.prepare import Prepared, output_grid
         from .reconstruction.sample import sample
         from .reconstruction.stack import write_image
-        from .resources import claimed_device
 
-        meter = Meter(self.inputs.threads)
+        set_threads(self.inputs.threads)
+        meter = Meter()
         settings = Settings.from_dict(self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
         result = Fit.load(Path(self.inputs.model))

@@ -143,35 +143,23 @@ def reconstruction(studio: Studio) -> list[Figure]:
     part, middle = around_head(first, first.volume)
     mm = float(part.grid.voxel_size.min()) / max(1, round(TILE / max(part.grid.shape)))
     figures = []
+
+    def section(plane: str, values: views.Picture, of: str, **kind: str) -> None:
+        image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
+        (name,) = kind.values()
+        path = views.save_png(image, studio.path(f"recon{plane}{name}"))
+        alt = f"{plane} section of {of} {name}"
+        figures.append(Figure(path, "reconstruction", plane=plane, alt=alt, **kind))
+
     for plane in views.PLANES:
         points = views.slice_points(part.grid, plane, middle[plane])
         for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
             moved = first.poses.get(stack.label, pose)
             values = views.sample_stack(stack, moved, points, order=0)
-            image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
-            path = views.save_png(image, studio.path(f"recon{plane}{stack.label}"))
-            figures.append(
-                Figure(
-                    path,
-                    "reconstruction",
-                    plane=plane,
-                    stack=stack.label,
-                    alt=f"{plane} section of the {stack.plane} stack {stack.label}",
-                )
-            )
+            section(plane, values, f"the {stack.plane} stack", stack=stack.label)
         for result in done:
             values = _section(result, points) / prepared.scale
-            image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
-            path = views.save_png(image, studio.path(f"recon{plane}{result.name}"))
-            figures.append(
-                Figure(
-                    path,
-                    "reconstruction",
-                    plane=plane,
-                    method=result.name,
-                    alt=f"{plane} section of the reconstruction by {result.name}",
-                )
-            )
+            section(plane, values, "the reconstruction by", method=result.name)
     return figures
 
 

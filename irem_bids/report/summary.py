@@ -51,13 +51,19 @@ def check(material: Material) -> list[Finding]:
 
 def _doubts(material: Material) -> list[Finding]:
     """What the steps themselves found doubtful, each with its method."""
-    named = [("", material.inp.prepared), *((r.name, r.folder) for r in material.methods.values())]
-    texts = [
-        f"{name}: {text}" if name else str(text)
-        for name, folder in named
-        for text in step_record(folder).get("doubts") or ()
-    ]
-    return [Finding("Plausibility", True, text, "registration") for text in dict.fromkeys(texts)]
+    texts = {
+        _sentence(text): "registration"
+        for text in step_record(material.inp.prepared).get("doubts") or ()
+    }
+    for result in material.methods.values():
+        for text in step_record(result.folder).get("doubts") or ():
+            texts.setdefault(f"{result.name}: {_sentence(text)}", "reconstruction")
+    return [Finding("Plausibility", True, text, link) for text, link in texts.items()]
+
+
+def _sentence(text: object) -> str:
+    """A text that ends with a full stop."""
+    return f"{str(text).rstrip('.')}."
 
 
 def _failed(material: Material) -> list[Finding]:
@@ -108,7 +114,7 @@ def _warnings(material: Material) -> list[Finding]:
     few = len({stack.plane for stack in group.stacks}) < 3
     guessed = any(s.thickness_source == "spacing" for s in group.stacks)
     return [
-        Finding("Discovery", True, text, "inputs", "discovery")
+        Finding("Discovery", True, _sentence(text), "inputs", "discovery")
         for text in group.warnings
         if not (few and "orientation" in text.lower())
         and not (guessed and "thickness" in text.lower())

@@ -15,10 +15,10 @@ from nipype.interfaces.base import TraitedSpec, traits
 from nipype.pipeline.engine import Node, Workflow
 
 from irem_bids import completion
-from irem_bids.interfaces import Meter, Step, StepInput, failure_code
+from irem_bids.interfaces import Step, StepInput, failure_code
 from irem_bids.plugin import SturdyMultiProc
 from irem_bids.reconstruction.stack import ImageError
-from irem_bids.resources import Resources
+from irem_bids.resources import Meter, Resources
 from irem_bids.settings import Settings
 from irem_bids.workflow import Place, init_cohort_wf, init_group_wf, memory_gb, workflow_name
 
@@ -217,11 +217,11 @@ def _false(_: int) -> bool:
 
 
 def test_meter_tells_the_peak_of_its_own_step() -> None:
-    first = Meter(1)
+    first = Meter()
     array = np.ones(60_000_000)  # 0.48 GB
     del array
     before = first.read("big")
     assert before["seconds"]["big"] >= 0
     assert before["memory_gb"]["big"] > 0.48
-    after = Meter(1).read("small")
+    after = Meter().read("small")
     assert after["memory_gb"]["small"] < before["memory_gb"]["big"] - 0.4

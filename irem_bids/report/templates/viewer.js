@@ -67,6 +67,7 @@
         button.addEventListener("click", () => this.act(button.value));
       for (const canvas of this.canvases) this.listen(canvas);
       root.hidden = false;
+      window.addEventListener("resize", () => this.draw());
       this.choose();
     }
 
@@ -195,9 +196,10 @@
         }
       }
       flat.putImageData(image, 0, 0);
-      const scale = Math.max(1, Math.ceil(480 / Math.max(columns, rows)));
-      canvas.width = columns * scale;
-      canvas.height = rows * scale;
+      // As many pixels as the screen has there, so that thin lines and letters stay.
+      const ratio = window.devicePixelRatio || 1;
+      canvas.width = Math.max(columns, Math.round(ratio * (canvas.clientWidth || 480)));
+      canvas.height = Math.round((canvas.width * rows) / columns);
       const view = this.view(canvas);
       const context = canvas.getContext("2d");
       context.imageSmoothingEnabled = false;
@@ -206,35 +208,37 @@
       context.drawImage(this.scratch, left, top, view.columns, view.rows, 0, 0, ...size);
       const x = ((columns - this.cursor[plane.col] - 0.5 - left) / view.columns) * size[0];
       const y = ((rows - this.cursor[plane.row] - 0.5 - top) / view.rows) * size[1];
-      this.cross(context, x, y, size);
-      this.letters(context, plane.edges, size);
+      this.cross(context, x, y, size, ratio);
+      this.letters(context, plane.edges, size, ratio);
     }
 
-    cross(context, x, y, size) {
-      for (const [colour, width] of [["#000", 3], ["#ffd400", 1]]) {
+    cross(context, x, y, size, ratio) {
+      const gap = 8 * ratio;
+      for (const [colour, width] of [["#000", 3], ["#ffd400", 1.2]]) {
         context.strokeStyle = colour;
-        context.lineWidth = width;
+        context.lineWidth = width * ratio;
         context.beginPath();
         context.moveTo(x, 0);
-        context.lineTo(x, y - 8);
-        context.moveTo(x, y + 8);
+        context.lineTo(x, y - gap);
+        context.moveTo(x, y + gap);
         context.lineTo(x, size[1]);
         context.moveTo(0, y);
-        context.lineTo(x - 8, y);
-        context.moveTo(x + 8, y);
+        context.lineTo(x - gap, y);
+        context.moveTo(x + gap, y);
         context.lineTo(size[0], y);
         context.stroke();
       }
     }
 
-    letters(context, edges, [width, height]) {
-      context.font = "bold 20px sans-serif";
-      context.lineWidth = 4;
+    letters(context, edges, [width, height], ratio) {
+      context.font = `bold ${16 * ratio}px sans-serif`;
+      context.lineWidth = 4 * ratio;
+      const inset = 12 * ratio;
       const places = [
-        [edges[0], 12, height / 2],
-        [edges[1], width - 12, height / 2],
-        [edges[2], width / 2, 14],
-        [edges[3], width / 2, height - 12],
+        [edges[0], inset, height / 2],
+        [edges[1], width - inset, height / 2],
+        [edges[2], width / 2, inset],
+        [edges[3], width / 2, height - inset],
       ];
       context.textAlign = "center";
       context.textBaseline = "middle";
