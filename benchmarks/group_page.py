@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -78,13 +77,8 @@ def main() -> int:
         page = out / "group_T1w.html"
         size = page.stat().st_size
         browser: Any = in_browser(page)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     record = {
-        "command": f"python benchmarks/group_page.py --subjects {arguments.subjects} "
-        f"--methods {' '.join(arguments.methods)}",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "load_average": round(os.getloadavg()[0], 1),  # of everything that ran beside this
+        **machine(),
         "rows": arguments.subjects * len(arguments.methods),
         "megabytes": round(size / 1e6, 2),
         "build_s": round(seconds, 2),

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from machine import cpu_seconds, machine
 from scipy import ndimage
 
 from irem_bids import cli, pages
@@ -159,12 +159,11 @@ def main() -> int:
         right = CAUSES[defect] in named if defect else not named
         rows.append({"subject": name, "planted": defect, "named": named, "right": right})
         print(f"sub-{name}  {defect or 'clean':<14} {'right' if right else 'WRONG'}  {named}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     record = {
-        "command": f"python benchmarks/planted_defects.py --subjects {arguments.subjects} "
-        f"--seed {arguments.seed} --method {' '.join(arguments.method)}",
-        "commit": commit.stdout.strip(),
+        **machine(),
+        "methods": arguments.method,
         "seconds": round(time.monotonic() - started),
+        "cpu_seconds": cpu_seconds(),
         "named": sum(r["right"] for r in rows if r["planted"]),
         "planted": len(planted),
         "clean_flagged": sum(not r["right"] for r in rows if not r["planted"]),

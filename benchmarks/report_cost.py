@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import machine
 
 from irem_bids import cli
 from irem_bids.reconstruction.protocol import Protocol
@@ -82,13 +82,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = (arguments.work or Path(scratch)).resolve()
         found = measure(root, arguments.truth, arguments.methods)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     record = {
-        "command": f"python benchmarks/report_cost.py {arguments.truth.name} "
-        f"--methods {' '.join(arguments.methods)}",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "load_average": round(os.getloadavg()[0], 1),  # of everything that ran beside this
+        **machine(),
         **found,
     }
     arguments.result.write_text(json.dumps(record, indent=2) + "\n")

@@ -178,7 +178,8 @@ def provenance(name: str) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name.replace("__main__.py", "irem-bids")
+    command = " ".join([program, *sys.argv[1:]])
     return {"run": name, "versions": versions, "command_line": command}
 
 

@@ -29,6 +29,7 @@ from nipype.interfaces.base import (
 from . import __version__, completion, derivatives, log, stop
 from .atomic import write_json
 from .products import Result
+from .resources import Meter, claimed_device
 from .settings import Settings
 
 FAILURE_FILE = "failure.json"
@@ -124,8 +125,8 @@ class Normalise(Step):
         from .reconstruction.prepare import prepare, prepared_slices
         from .reconstruction.stack import read_stack
 
-        started = time.monotonic()
         set_threads(self.inputs.threads)
+        meter = Meter()
         key = completion.inputs_key(self.inputs.group, self.inputs.settings)
         stacks = [
             read_stack(
@@ -146,7 +147,7 @@ class Normalise(Step):
         pairs = prepared.metrics.get("ncc_pairs", ())
         found = plausible.judge_poses(prepared.stacks, prepared.poses, centre, pairs)
         step = {
-            "seconds": {"normalise": round(time.monotonic() - started, 2)},
+            **meter.read("normalise"),
             "reference": prepared.stacks[prepared.reference].label,
             "poses": {
                 stack.label: pose.matrix.tolist()
@@ -164,18 +165,21 @@ class Normalise(Step):
         self._results.update(prepared=str(target), key=key)
 
 
-# ----------------------------------------------------------------- optimise, paper 2.2
-class _OptimiseInput(StepInput):
+class _MethodInput(StepInput):
     prepared = Directory(mandatory=True)
-    prepared_key = traits.Str(mandatory=True)
-    method = traits.Str(mandatory=True)
     settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
-    checkpoints = Directory(mandatory=True, nohash=True, desc="folder of all checkpoints")
-    checkpoint_seconds = traits.Float(60.0, usedefault=True, nohash=True)
-    afresh = traits.Bool(False, usedefault=True, nohash=True, desc="forget an old checkpoint")
+    checkpoints = Directory(mandatory=True, nohash=True, desc="of all methods; has 'locks'")
     devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
     use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
     threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+# ----------------------------------------------------------------- optimise, paper 2.2
+class _OptimiseInput(_MethodInput):
+    prepared_key = traits.Str(mandatory=True)
+    method = traits.Str(mandatory=True)
+    checkpoint_seconds = traits.Float(60.0, usedefault=True, nohash=True)
+    afresh = traits.Bool(False, usedefault=True, nohash=True, desc="forget an old checkpoint")
 
 
 class _OptimiseOutput(TraitedSpec):
@@ -193,9 +197,9 @@ class Optimise(Step):
     def _work(self, folder: Path) -> None:
         from .reconstruction.optimise import fit
         from .reconstruction.prepare import Prepared, output_grid
-        from .resources import claimed_device
 
         set_threads(self.inputs.threads)
+        meter = Meter()
         method = self.inputs.method
         settings = Settings.from_dict(self.inputs.settings).updated(
             {"run": {"checkpoint_seconds": stop.Seconds(self.inputs.checkpoint_seconds)}}
@@ -214,7 +218,7 @@ class Optimise(Step):
             log.Progress(name) as progress,
             stop.training(),
         ):
-            started = time.monotonic()
+            meter.started = time.monotonic()  # waiting for a device is no work
 
             def told(fraction: float, message: str) -> None:
                 stop.check()
@@ -230,22 +234,16 @@ class Optimise(Step):
                 progress=told,
             )
             result.save(target)
-        seconds = round(time.monotonic() - started, 2)
-        write_json(target / "step.json", {"device": device, "seconds": {"optimise": seconds}})
+            cost = meter.read("optimise", device)
+        write_json(target / "step.json", {"device": device, **cost})
         shutil.rmtree(checkpoint, ignore_errors=True)
         self._results.update(model=str(target), key=key)
 
 
 # -------------------------------------------------------------- reconstruct, paper 2.3
-class _ReconstructInput(StepInput):
-    prepared = Directory(mandatory=True)
+class _ReconstructInput(_MethodInput):
     model = Directory(mandatory=True)
     model_key = traits.Str(mandatory=True)
-    settings = traits.Dict(mandatory=True, desc="sections, completion.method_settings")
-    checkpoints = Directory(mandatory=True, nohash=True, desc="its folder 'locks' is used")
-    devices = traits.List(traits.Str, ["cpu"], usedefault=True, nohash=True)
-    use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="takes a GPU slot of nipype")
-    threads = traits.Int(1, usedefault=True, nohash=True)
 
 
 class _ReconstructOutput(TraitedSpec):
@@ -267,27 +265,27 @@ class Reconstruct(Step):
         from .reconstruction.prepare import Prepared, output_grid
         from .reconstruction.sample import sample
         from .reconstruction.stack import write_image
-        from .resources import claimed_device
 
         set_threads(self.inputs.threads)
+        meter = Meter()
         settings = Settings.from_dict(self.inputs.settings)
         prepared = Prepared.load(Path(self.inputs.prepared))
         result = Fit.load(Path(self.inputs.model))
         grid = output_grid(prepared, settings.output)
         locks = Path(self.inputs.checkpoints) / "locks"
         with claimed_device(self.inputs.devices, locks) as device:
-            started = time.monotonic()
+            meter.started = time.monotonic()
             values = sample(result.field.to(device), grid, device=device)
             metrics = quality(prepared, result, settings, values)
-            seconds = {"reconstruct": round(time.monotonic() - started, 2)}
+            costs = [meter.read("reconstruct", device)]
             mask, deviation = output_mask(prepared, grid), None
             if settings.output.uncertainty and result.method in uncertainty.METHODS:
                 stop.check()
-                started = time.monotonic()
+                meter = Meter()
                 deviation = uncertainty.standard_deviation(
                     prepared, result, values, grid, mask, settings, device=device
                 )
-                seconds["uncertainty"] = round(time.monotonic() - started, 2)
+                costs.append(meter.read("uncertainty", device))
         target = folder / "result"
         shutil.copytree(self.inputs.model, target, dirs_exist_ok=True)
         found = _judge(prepared, result, values, grid, mask, metrics)
@@ -303,7 +301,9 @@ class Reconstruct(Step):
         write_json(target / "quality.json", {**metrics, **prepared.metrics})
         step = json.loads((target / "step.json").read_text())
         step["doubts"] = list(found.doubts)
-        step["seconds"] |= seconds
+        for cost in costs:
+            for what, of_step in cost.items():
+                step[what] = {**step.get(what, {}), **of_step}
         write_json(target / "step.json", step)
         self._results.update(folder=str(target), key=self.inputs.model_key)
 

@@ -3,7 +3,7 @@
 
 The limits of affinity, control groups and Slurm are honoured, not the totals of
 the machine.  GPUs are counted in a child process, because CUDA that was started
-once does not survive in the workers.  Standard library only.
+once does not survive in the workers.  Standard library only, but for a step's GPU memory.
 """
 
 from __future__ import annotations
@@ -277,3 +277,28 @@ def claimed_device(devices: Sequence[str], locks: Path) -> Iterator[str]:
                 yield device
                 return
         time.sleep(LOCK_POLL)
+
+
+class Meter:
+    """Seconds and peak memory of a step, as its ``step.json`` has them."""
+
+    def __init__(self) -> None:
+        """Start; the peak that this process had before is forgotten, where Linux lets us."""
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self.started = time.monotonic()
+
+    def read(self, name: str, device: str = "cpu") -> dict[str, dict[str, float]]:
+        """Seconds, and peak memory in 10^9 bytes, since the start."""
+        found = {"seconds": {name: round(time.monotonic() - self.started, 2)}}
+        with contextlib.suppress(OSError):
+            peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            if peak:
+                found["memory_gb"] = {name: round(int(peak[1]) * 1024 / GIGABYTE, 3)}
+        if device.startswith("cuda"):
+            import torch
+
+            most = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)  # for the next step of this process
+            found["gpu_memory_gb"] = {name: round(most / GIGABYTE, 3)}
+        return found

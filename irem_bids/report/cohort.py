@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def among_others(material: Material) -> dict[str, Any]:
     folder = material.inp.out_dir
     path = None if folder is None else Path(folder) / f"group_{material.inp.group.suffix}.tsv"
     known = {} if path is None else ranges(path)
-    rows = []
+    rows, bars = [], []
     for result in material.methods.values():
         for name, (title, form, _) in METRICS.items():
             value, others = result.quality.get(name), known.get((result.name, name), [])
@@ -55,6 +56,7 @@ def among_others(material: Material) -> dict[str, Any]:
                     len(others),
                 )
             )
+            bars.append(bar(value, others))
     columns = (
         ("Method", ""),
         ("Metric", ""),
@@ -64,4 +66,14 @@ def among_others(material: Material) -> dict[str, Any]:
         ("Place", ""),
         ("Results", "number"),
     )
-    return table(columns, rows)
+    return {**table(columns, rows), "bars": bars}
+
+
+def bar(value: float, others: Sequence[float]) -> dict[str, float]:
+    """Where the 5-95 % band, the median and ``value`` lie, in % of the range of all of them."""
+    low, high = min(value, *others), max(value, *others)
+    start, middle, end, here = (
+        round(100 * (float(v) - low) / (high - low), 1) if high > low else 50.0
+        for v in (*np.percentile(others, [5, 50, 95]), value)
+    )
+    return {"start": start, "width": round(end - start, 1), "middle": middle, "here": here}

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..reconstruction.geometry import Grid, RigidTransform
 from ..reconstruction.stack import Stack
-from . import plots, residuals, views
+from . import plots, residuals, uncertainty, views
 from .material import Material, MethodResult, ReportInput, load
-from .studio import Figure, Studio, head_limits, zoomed
+from .studio import Figure, Studio, around_head, head_limits, middle_index, zoomed
 
 TILE = 340  # pixels, about, of the longer side of a picture
 SLICES = 12  # slices of a stack that are shown
@@ -42,7 +42,7 @@ def make_figures(
             for what, draw in (
                 ("residual", residuals.residuals),
                 ("slice motion", residuals.motion_plots),
-                ("uncertainty", residuals.uncertainty),
+                ("uncertainty", uncertainty.maps),
             ):
                 figures += studio.attempt(f"{what} of {name}", partial(draw, studio, result))
         figures += studio.attempt("slices", partial(residuals.slice_plots, studio))
@@ -90,12 +90,7 @@ def _compare_grid(stack: Stack) -> tuple[Grid, dict[str, int]]:
     extent = np.array(part.grid.shape) * part.grid.voxel_size
     grid = part.grid.resampled(max(float(part.grid.voxel_size.min()), float(extent.max()) / 200))
     centre = part.grid.to_world(np.argwhere(part.data).mean(axis=0))
-    return grid, _middle(grid, centre)
-
-
-def _middle(grid: Grid, centre: NDArray[np.float64]) -> dict[str, int]:
-    index = np.clip(np.round(grid.to_index(centre)), 0, np.array(grid.shape) - 1).astype(int)
-    return {plane: int(index[axis]) for plane, axis in views.NORMAL.items()}
+    return grid, middle_index(grid, centre)
 
 
 def registration(studio: Studio) -> list[Figure]:
@@ -145,53 +140,27 @@ def reconstruction(studio: Studio) -> list[Figure]:
     if prepared is None or not done:
         return []
     first = done[0]
-    part, middle = _head(first)
+    part, middle = around_head(first, first.volume)
     mm = float(part.grid.voxel_size.min()) / max(1, round(TILE / max(part.grid.shape)))
     figures = []
+
+    def section(plane: str, values: views.Picture, of: str, **kind: str) -> None:
+        image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
+        (name,) = kind.values()
+        path = views.save_png(image, studio.path(f"recon{plane}{name}"))
+        alt = f"{plane} section of {of} {name}"
+        figures.append(Figure(path, "reconstruction", plane=plane, alt=alt, **kind))
+
     for plane in views.PLANES:
         points = views.slice_points(part.grid, plane, middle[plane])
         for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
             moved = first.poses.get(stack.label, pose)
             values = views.sample_stack(stack, moved, points, order=0)
-            image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
-            path = views.save_png(image, studio.path(f"recon{plane}{stack.label}"))
-            figures.append(
-                Figure(
-                    path,
-                    "reconstruction",
-                    plane=plane,
-                    stack=stack.label,
-                    alt=f"{plane} section of the {stack.plane} stack {stack.label}",
-                )
-            )
+            section(plane, values, f"the {stack.plane} stack", stack=stack.label)
         for result in done:
             values = _section(result, points) / prepared.scale
-            image = zoomed(views.grey(values, studio.levels), part.grid, plane, mm)
-            path = views.save_png(image, studio.path(f"recon{plane}{result.name}"))
-            figures.append(
-                Figure(
-                    path,
-                    "reconstruction",
-                    plane=plane,
-                    method=result.name,
-                    alt=f"{plane} section of the reconstruction by {result.name}",
-                )
-            )
+            section(plane, values, "the reconstruction by", method=result.name)
     return figures
-
-
-def _head(result: MethodResult) -> tuple[views.Canonical, dict[str, int]]:
-    """The part of a result around the head, and the index of its middle per plane."""
-    if result.volume is None or result.grid is None or result.mask is None:
-        raise ValueError(f"{result.name} left no volume")
-    mask = views.canonical(result.mask, result.grid)
-    limits = head_limits(mask.data, mask.grid)
-    part = views.crop(views.canonical(result.volume, result.grid), limits)
-    inside = views.crop(mask, limits).data
-    centre = (
-        part.grid.to_world(np.argwhere(inside).mean(axis=0)) if inside.any() else (part.grid.centre)
-    )
-    return part, _middle(part.grid, centre)
 
 
 def _section(result: MethodResult, points: NDArray[np.float64]) -> views.Picture:
@@ -208,7 +177,7 @@ def mosaic(studio: Studio, result: MethodResult) -> list[Figure]:
     """Six sections of a result in each of the three planes."""
     if result.volume is None:
         return []
-    part, _ = _head(result)
+    part, _ = around_head(result, result.volume)
     prepared = studio.material.prepared
     scale = 1.0 if prepared is None else prepared.scale
     levels = studio.levels

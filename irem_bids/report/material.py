@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -92,8 +92,8 @@ class ReportInput:
     prepared
         Folder of ``Prepared.save``; ``None`` where that step never ended.
     methods
-        Folder of each method: ``volume.nii.gz``, ``mask.nii.gz``, ``fit.json``,
-        ``model.safetensors``, ``quality.json``; any of them may be missing.
+        Folder of each method: ``volume.nii.gz``, ``mask.nii.gz``, ``std.nii.gz``,
+        ``fit.json``, ``model.safetensors``, ``quality.json``; any of them may be missing.
     settings
         The settings of the run.
     provenance
@@ -118,8 +118,8 @@ class ReportInput:
 class MethodResult:
     """What one method left in its folder.
 
-    ``volume`` is in the units of the reference stack, ``poses`` map each stack's
-    scanner coordinates into reference space (RAS+ mm).
+    ``volume`` is in the units of the reference stack, ``std`` (its standard deviation) too;
+    ``poses`` map each stack's scanner coordinates into reference space (RAS+ mm).
     """
 
     name: str
@@ -127,6 +127,7 @@ class MethodResult:
     volume: FloatImage | None = None
     grid: Grid | None = None
     mask: Mask | None = None
+    std: FloatImage | None = None
     quality: dict[str, Any] = field(default_factory=dict)
     poses: dict[str, RigidTransform] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
@@ -210,6 +211,11 @@ def load(inp: ReportInput) -> Material:
             material.methods[name] = _method(name, Path(folder))
         except Exception as error:
             material.problem(f"the result of {name} cannot be read", error)
+            continue
+        try:
+            material.methods[name] = replace(material.methods[name], std=_std(Path(folder)))
+        except Exception as error:
+            material.problem(f"the uncertainty of {name} cannot be read", error)
     return material
 
 
@@ -234,6 +240,17 @@ def _method(name: str, folder: Path) -> MethodResult:
         info=fit.get("info", {}),
         fit=fit,
     )
+
+
+def _std(folder: Path) -> FloatImage | None:
+    """``std.nii.gz`` of a method's folder, where it left one on the grid of its volume."""
+    if not (folder / "std.nii.gz").exists():
+        return None
+    values, grid = read_image(folder / "std.nii.gz")
+    _, expected = read_image(folder / "volume.nii.gz")
+    if grid.shape != expected.shape or not np.allclose(grid.affine, expected.affine, atol=1e-3):
+        raise ValueError(f"std.nii.gz is {grid.shape}, the volume {expected.shape}")
+    return values
 
 
 def raw_scale(stack: Stack, path: str) -> float:

@@ -94,6 +94,7 @@ def training(history: Mapping[str, Sequence[float]], path: Path) -> Path | None:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel("scaled intensity squared")
         axes.grid(alpha=0.3)
@@ -135,23 +136,22 @@ def slice_curves(
         axes.set_xlabel("slice")
         axes.set_ylabel("median residual (scaled intensity)")
         axes.grid(alpha=0.3)
+        series = axes.get_legend_handles_labels()[0]
         if weights:
             right = axes.twinx()
             right.spines["right"].set_visible(True)
             right.set_ylim(0, 1.05)
             right.set_ylabel("weight")
             for number, (name, values) in enumerate(weights.items()):
-                colour = COLOURS[(number + 2) % len(COLOURS)]
-                right.step(
+                series += right.step(
                     np.arange(len(values)),
                     values,
                     where="mid",
                     linestyle=("--", ":", "-.")[number % 3],
-                    color=colour,
+                    color=COLOURS[(number + 2) % len(COLOURS)],
                     label=f"weight by {name}",
                 )
-            right.legend(frameon=False, loc="lower right")
-        axes.legend(frameon=False, loc="upper left")
+        figure.legend(handles=series, frameon=False, ncols=2, loc="outside upper center")
         return _save(figure, path)
 
 

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of how acquired and predicted slices differ, of slices' weights and motion, of doubt."""
+"""Figures of how acquired and predicted slices differ, of the weights and motion of slices."""
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ..reconstruction.geometry import RigidTransform
-from ..reconstruction.stack import Stack, read_image
+from ..reconstruction.stack import Stack
 from . import plots, predicted, views
 from .finding import listed
 from .material import MethodResult
 from .slices import bad_slices
-from .studio import Figure, Studio, head_limits, zoomed
+from .studio import Figure, Studio, coloured, head_limits, zoomed
 
 TILE = 340  # pixels, about, of the longer side of a picture
 SPAN = 0.25  # residuals are shown within this part of the window, either way
-UNSURE = 0.25  # the map of uncertainty ends at this part of the window
 
 
 def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
@@ -87,14 +85,9 @@ def _triple(studio: Studio, stack: Stack, guess: NDArray, k: int, span: float) -
         pixels = views.grey(views.picture(values, plane, 0), studio.levels)
         tiles.append(zoomed(np.repeat(pixels[..., None], 3, axis=2), part.grid, plane, mm, name))
     difference = views.picture(np.where(inside, part.data - other, 0.0), plane, 0)
-    pixels = _coloured(0.5 + difference / (2 * span), "PuOr")
+    pixels = coloured(0.5 + difference / (2 * span), "PuOr")
     tiles.append(zoomed(pixels, part.grid, plane, mm, "residual"))
     return views.montage(tiles, 3)
-
-
-def _coloured(values: NDArray, name: str) -> NDArray[np.uint8]:
-    colours = matplotlib.colormaps[name](np.clip(values, 0, 1))
-    return np.asarray(colours[..., :3] * 255).astype(np.uint8)
 
 
 def slice_plots(studio: Studio) -> list[Figure]:
@@ -146,38 +139,3 @@ def motion_plots(studio: Studio, result: MethodResult) -> list[Figure]:
             )
         )
     return figures
-
-
-def uncertainty(studio: Studio, result: MethodResult) -> list[Figure]:
-    """``std.nii.gz`` of a method, where it left one: three planes through the head's middle."""
-    source = result.folder / "std.nii.gz"
-    prepared = studio.material.prepared
-    if not source.exists() or result.mask is None or prepared is None:
-        return []
-    values, grid = read_image(source)
-    mask = views.canonical(result.mask, result.grid) if result.grid is not None else None
-    if mask is None or grid.shape != result.mask.shape:
-        raise ValueError(f"std.nii.gz is {grid.shape}, the result {result.mask.shape}")
-    limits = head_limits(mask.data, mask.grid)
-    part = views.crop(views.canonical(values / prepared.scale, grid), limits)
-    inside = views.crop(mask, limits).data
-    middle = np.round(np.argwhere(inside).mean(axis=0)).astype(int)
-    black, white = studio.levels
-    most = UNSURE * (white - black)
-    mm = float(part.grid.voxel_size.min()) / max(1, round(TILE / max(part.grid.shape)))
-    tiles = []
-    for plane, axis in views.NORMAL.items():
-        pixels = _coloured(views.picture(part.data, plane, int(middle[axis])) / most, "viridis")
-        tiles.append(zoomed(pixels, part.grid, plane, mm))
-    typical = float(np.median(part.data[inside]))
-    return [
-        Figure(
-            views.save_png(views.montage(tiles, 3), studio.path(f"uncertainty{result.name}")),
-            "uncertainty",
-            method=result.name,
-            alt=f"uncertainty of {result.name}: sagittal, coronal and axial sections, the median "
-            f"in the head is {typical:.3g}",
-            caption=f"standard deviation, from 0 (dark violet) to {most:.3g} (yellow) in scaled "
-            f"intensity; median in the head {typical:.3g}",
-        )
-    ]

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import jinja2
 from PIL import Image
 
-from . import methods, summary, tables
+from . import methods, summary, tables, uncertainty
 from .latex import latex
 from .material import Material
 from .studio import Figure
@@ -239,7 +239,12 @@ class Page:
             "viewer": self.viewer and {**vars(self.viewer), "longest": LONGEST},
             "number": self.number,
             "mosaics": self.select("mosaic"),
-            "uncertainty": self.select("uncertainty"),
+            "uncertainty": {
+                "maps": self.select("uncertainty"),
+                "top": number(uncertainty.top(self.material)),
+                "stops": uncertainty.STOPS,
+                "within": uncertainty.WITHIN,
+            },
         }
 
     def training(self) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ..reconstruction.geometry import Grid
 from . import views
-from .material import Material
+from .material import Material, MethodResult
 
 Made = TypeVar("Made")
 MARGIN = 6.0  # mm around the head in pictures
@@ -69,12 +70,40 @@ class Studio:
 
 
 def head_limits(mask: NDArray[np.bool_], grid: Grid) -> list[tuple[int, int]]:
+    """(first, last + 1) along each axis of the head with :data:`MARGIN` around it."""
     edge = MARGIN / grid.voxel_size
     return views.box(mask, (float(edge[0]), float(edge[1]), float(edge[2])))
+
+
+def around_head(
+    result: MethodResult, values: NDArray | None
+) -> tuple[views.Canonical, dict[str, int]]:
+    """The part of ``values`` (on the grid of a result) around its head; its middle per plane."""
+    if values is None or result.grid is None or result.mask is None:
+        raise ValueError(f"{result.name} left no volume")
+    mask = views.canonical(result.mask, result.grid)
+    limits = head_limits(mask.data, mask.grid)
+    part = views.crop(views.canonical(values, result.grid), limits)
+    inside = np.argwhere(views.crop(mask, limits).data)
+    centre = part.grid.to_world(inside.mean(axis=0)) if len(inside) else part.grid.centre
+    return part, middle_index(part.grid, centre)
+
+
+def middle_index(grid: Grid, centre: NDArray[np.float64]) -> dict[str, int]:
+    """Index, along the normal of each plane, of the section through ``centre`` (mm)."""
+    index = np.clip(np.round(grid.to_index(centre)), 0, np.array(grid.shape) - 1).astype(int)
+    return {plane: int(index[axis]) for plane, axis in views.NORMAL.items()}
 
 
 def zoomed(
     pixels: NDArray[np.uint8], grid: Grid, plane: str, mm: float, corner: str = ""
 ) -> Image.Image:
+    """A picture of ``plane`` with square pixels of ``mm`` and the letters of its edges."""
     large = views.enlarge(pixels, views.pixel_size(grid, plane), mm)
     return views.label_edges(large, plane, corner)
+
+
+def coloured(values: NDArray, name: str) -> NDArray[np.uint8]:
+    """(..., 3) colours of ``values`` from 0 to 1 in a map of matplotlib."""
+    colours = matplotlib.colormaps[name](np.clip(values, 0, 1))
+    return np.asarray(colours[..., :3] * 255 + 0.5).astype(np.uint8)

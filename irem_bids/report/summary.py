@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,13 @@ FAR_DEGREES = 10.0
 LOW_NCC = 0.5
 NCC_DROP = 0.01
 PSNR_DROP = 0.1  # dB
+#: A cause that is named here, and the words of discovery or of a step for the same.
+TOLD = {
+    "orientations": "orientation",
+    "label": "its header says",
+    "thickness": "thick",
+    "held-out": "are predicted worse",
+}
 
 
 def check(material: Material) -> list[Finding]:
@@ -46,18 +54,40 @@ def check(material: Material) -> list[Finding]:
             found += run()
         except Exception as error:
             material.problem(f"the check of {name} could not be made", error)
-    return [*_failed(material), *found]
+    return [*_failed(material), *_without_repeats(material, found)]
+
+
+def _without_repeats(material: Material, found: list[Finding]) -> list[Finding]:
+    """The findings less the warnings that another finding repeats about the same thing."""
+    about = {Path(s.path).name: (Path(s.path).name, s.label) for s in material.inp.group.stacks}
+    about |= {name: (name,) for name in material.methods}
+
+    def repeated(warning: Finding) -> bool:
+        names = about.get(warning.text.split(": ")[0], ("",))
+        return warning.cause in ("discovery", "doubt") and any(
+            TOLD[other.cause] in warning.text.lower() and any(n in other.text for n in names)
+            for other in found
+            if other.look and other.cause in TOLD
+        )
+
+    return [finding for finding in found if not repeated(finding)]
 
 
 def _doubts(material: Material) -> list[Finding]:
     """What the steps themselves found doubtful, each with its method."""
-    named = [("", material.inp.prepared), *((r.name, r.folder) for r in material.methods.values())]
-    texts = [
-        f"{name}: {text}" if name else str(text)
-        for name, folder in named
-        for text in step_record(folder).get("doubts") or ()
-    ]
-    return [Finding("Plausibility", True, text, "registration") for text in dict.fromkeys(texts)]
+    texts = {
+        _sentence(text): "registration"
+        for text in step_record(material.inp.prepared).get("doubts") or ()
+    }
+    for result in material.methods.values():
+        for text in step_record(result.folder).get("doubts") or ():
+            texts.setdefault(f"{result.name}: {_sentence(text)}", "reconstruction")
+    return [Finding("Plausibility", True, text, link, "doubt") for text, link in texts.items()]
+
+
+def _sentence(text: object) -> str:
+    """A text that ends with a full stop."""
+    return f"{str(text).rstrip('.')}."
 
 
 def _failed(material: Material) -> list[Finding]:
@@ -103,16 +133,9 @@ def _orientations(material: Material) -> list[Finding]:
 
 
 def _warnings(material: Material) -> list[Finding]:
-    """What discovery warned of, but for what the checks say themselves."""
-    group = material.inp.group
-    few = len({stack.plane for stack in group.stacks}) < 3
-    guessed = any(s.thickness_source == "spacing" for s in group.stacks)
-    return [
-        Finding("Discovery", True, text, "inputs", "discovery")
-        for text in group.warnings
-        if not (few and "orientation" in text.lower())
-        and not (guessed and "thickness" in text.lower())
-    ]
+    """What discovery warned of."""
+    warnings = material.inp.group.warnings
+    return [Finding("Discovery", True, _sentence(w), "inputs", "discovery") for w in warnings]
 
 
 def _agreement(material: Material) -> list[Finding]:

@@ -12,6 +12,13 @@ from . import cohort, plots
 from .material import Material, method_seconds, step_record
 from .wording import METRICS, number, plain, table
 
+#: What a step noted of its cost, and its heading.
+COSTS = {
+    "seconds": "Seconds",
+    "memory_gb": "Memory, peak (GB)",
+    "gpu_memory_gb": "GPU memory, peak (GB)",
+}
+
 
 def poses(material: Material) -> dict[str, Any]:
     """Shift and turn of each stack, by each estimate."""
@@ -122,30 +129,36 @@ def _per_stack(material: Material, metrics: Mapping[str, Any]) -> tuple[dict[str
 
 
 def provenance(material: Material) -> dict[str, Any]:
-    """Versions, device, seconds and what else the run says of itself."""
+    """Versions, device, cost of each step and what else the run says of itself."""
     known = dict(material.inp.provenance)
-    seconds = dict(known.pop("seconds", {}) or {})
     versions = dict(known.pop("versions", {}) or {})
     devices = [known.pop("device")] if known.get("device") else []
+    costs: dict[str, dict[str, float]] = {key: dict(known.pop(key, {}) or {}) for key in COSTS}
     for folder, name in [
         (material.inp.prepared, ""),
         *((r.folder, r.name) for r in material.methods.values()),
     ]:
         step = step_record(folder)
         devices += [step["device"]] if step.get("device") else []
-        for what, value in (step.get("seconds") or {}).items():
-            seconds.setdefault(f"{what} {name}".strip(), value)
+        for key, values in costs.items():
+            for what, value in (step.get(key) or {}).items():
+                values.setdefault(f"{what} {name}".strip(), value)
     facts = [("Device", ", ".join(dict.fromkeys(plain(d) for d in devices)))] if devices else []
     facts += [
         (plain(name).replace("_", " ").capitalize(), plain(value))
         for name, value in known.items()
         if value not in (None, "", [], {})
     ]
+    used = {key: values for key, values in costs.items() if values}
+    steps = dict.fromkeys(step for values in used.values() for step in values)
     return {
         "facts": facts,
-        "seconds": table(
-            (("Step", ""), ("Seconds", "number")),
-            ((k, number(v, ".1f")) for k, v in seconds.items()),
+        "costs": table(
+            (("Step", ""), *((COSTS[key], "number") for key in used)),
+            (
+                (step, *(number(values.get(step), ".1f") for values in used.values()))
+                for step in steps
+            ),
         ),
         "versions": table((("Package", ""), ("Version", "")), versions.items()),
     }

@@ -18,8 +18,8 @@ from PIL import Image
 from scipy import ndimage
 
 from ..reconstruction.geometry import Grid, RigidTransform
-from ..reconstruction.stack import Stack
-from . import views
+from ..reconstruction.stack import FloatImage, Stack
+from . import uncertainty, views
 from .material import Material, MethodResult
 from .studio import Studio, head_limits
 
@@ -30,11 +30,15 @@ MOST = 12  # volumes of a page
 
 @dataclass(frozen=True)
 class Volume:
-    """One image: ``data`` is the base64 text of a WebP picture with ``columns`` tiles a row."""
+    """One image: ``data`` is the base64 text of a WebP picture with ``columns`` tiles a row.
+
+    ``ends`` are the intensities, in units of the image, that are black and white.
+    """
 
     name: str
-    kind: str  # 'method' or 'stack'
+    kind: str  # 'method', 'std' or 'stack'
     columns: int
+    ends: tuple[float, float]
     data: str
 
 
@@ -61,21 +65,26 @@ def build(studio: Studio) -> Viewer | None:
     if material.prepared is None or not done:
         return None
     grid, start = common_grid(done[0])
-    scale = material.prepared.scale
+    scale, most = material.prepared.scale, uncertainty.top(material)
+    black, white = (level * scale for level in studio.levels)
     volumes = []
     for result in done:
-        values = _of_method(result, grid) / scale
-        volumes.append(_volume(result.name, "method", views.grey(values, studio.levels)))
-    for stack, pose in _stacks(material, done[0]):
-        values = sample(stack, pose, grid, order=0)
-        volumes.append(_volume(stack.label, "stack", views.grey(values, studio.levels)))
+        values = _resampled(result, result.volume, grid)
+        volumes.append(_volume(result.name, "method", values, (black, white)))
+    for result in done:
+        if result.std is not None:
+            name = f"{result.name} uncertainty"
+            volumes.append(_volume(name, "std", _resampled(result, result.std, grid), (0.0, most)))
+    for stack, pose in _stacks(material, done[0])[: MOST - len(volumes)]:
+        values = sample(stack, pose, grid, order=0) * scale
+        volumes.append(_volume(stack.label, "stack", values, (black, white)))
     return Viewer(
         shape=(grid.shape[0], grid.shape[1], grid.shape[2]),
         voxel=float(grid.voxel_size[0]),
         origin=tuple(round(float(v), 4) for v in grid.to_world([0, 0, 0])),
         axes=tuple(round(float(v), 6) for v in grid.directions.T.ravel()),
         start=start,
-        volumes=tuple(volumes[:MOST]),
+        volumes=tuple(volumes),
     )
 
 
@@ -102,10 +111,11 @@ def _stacks(material: Material, first: MethodResult) -> list[tuple[Stack, RigidT
     return [(stack, first.poses.get(stack.label, pose)) for stack, pose in pairs]
 
 
-def _of_method(result: MethodResult, grid: Grid) -> NDArray[np.float32]:
-    if result.volume is None or result.grid is None:
+def _resampled(result: MethodResult, volume: FloatImage | None, grid: Grid) -> NDArray[np.float32]:
+    """A volume of a result on ``grid``, smoothed before where that is coarser."""
+    if volume is None or result.grid is None:
         raise ValueError(f"{result.name} left no volume")
-    data = np.asarray(result.volume, dtype=np.float32)
+    data = np.asarray(volume, dtype=np.float32)
     factor = float(grid.voxel_size[0] / result.grid.voxel_size.min())
     if factor > 1.2:
         data = ndimage.gaussian_filter(data, 0.4 * factor)
@@ -123,8 +133,11 @@ def sample(stack: Stack, pose: RigidTransform, grid: Grid, *, order: int) -> NDA
     return out
 
 
-def _volume(name: str, kind: str, values: NDArray[np.uint8]) -> Volume:
-    """(X, Y, Z) grey values as tiles: column along X, row along Y, one tile per Z."""
+def _volume(
+    name: str, kind: str, intensities: NDArray[np.float32], ends: tuple[float, float]
+) -> Volume:
+    """(X, Y, Z) intensities as tiles: column along X, row along Y, one tile per Z."""
+    values = views.grey(intensities, ends)
     x, y, z = values.shape
     columns = max(1, round(np.sqrt(z * y / x)))
     rows = -(-z // columns)
@@ -133,4 +146,5 @@ def _volume(name: str, kind: str, values: NDArray[np.uint8]) -> Volume:
     sheet = tiles.reshape(rows, columns, y, x).swapaxes(1, 2).reshape(rows * y, columns * x)
     buffer = io.BytesIO()
     Image.fromarray(sheet).convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=2)
-    return Volume(name, kind, columns, base64.b64encode(buffer.getvalue()).decode("ascii"))
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Volume(name, kind, columns, ends, data)

@@ -14,7 +14,7 @@ from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.optimise import fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid
 from irem_bids.reconstruction.sample import sample
-from irem_bids.reconstruction.stack import Stack, write_image
+from irem_bids.reconstruction.stack import Stack, read_image, write_image
 from irem_bids.report import ReportInput
 from irem_bids.settings import Settings
 
@@ -124,7 +124,11 @@ def method(folder: Path, ready: Prepared, settings: Settings, psnr: float) -> Pa
         **ready.metrics,
     }
     (folder / "quality.json").write_text(json.dumps(quality))
-    step = {"device": "cpu", "seconds": {"optimise": 10.0, "reconstruct": 2.5}}
+    step = {
+        "device": "cpu",
+        "seconds": {"optimise": 10.0, "reconstruct": 2.5},
+        "memory_gb": {"optimise": 1.23, "reconstruct": 0.98},
+    }
     (folder / "step.json").write_text(json.dumps(step))
     return folder
 
@@ -174,3 +178,12 @@ def make_input(
         "command_line": ["irem-bids", "in", "out", "participant"],
     }
     return ReportInput(group(), work / "prepared", folders, settings, provenance)
+
+
+def with_uncertainty(inp: ReportInput, **levels: float) -> ReportInput:
+    """The methods named leave a map that rises along the first axis up to ``levels``."""
+    for name, level in levels.items():
+        volume, grid = read_image(inp.methods[name] / "volume.nii.gz")
+        ramp = np.linspace(0, level, volume.shape[0])[:, None, None]
+        write_image(inp.methods[name] / "std.nii.gz", np.broadcast_to(ramp, volume.shape), grid)
+    return inp

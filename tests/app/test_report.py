@@ -23,6 +23,7 @@ from irem_bids.report import (
     ReportInput,
     bibliography,
     build_report,
+    cohort,
     make_figures,
     methods_text,
     plots,
@@ -105,6 +106,13 @@ def test_every_section_is_there_and_linked(built):
     assert {f"#{name}" for name in wanted} <= set(links)
     for text in ("near-isotropic voxels", "sub-01_acq-iso_T1w.nii.gz", "30.00", "torch", "2.13.0"):
         assert text in page.text
+
+
+def test_cost_of_each_step_is_shown(built):
+    text = Page(built[2]).text
+    assert re.search(r"Step\s+Seconds\s+Memory, peak \(GB\)", text)
+    assert re.search(r"normalise\s+3.2\s+n/a", text)
+    assert re.search(r"optimise irem\s+10.0\s+1.2\s", text)
 
 
 def test_every_picture_exists_and_has_words(built):
@@ -332,6 +340,14 @@ def test_metrics_stand_beside_the_range_of_the_cohort(tmp_path):
     assert "No range" not in text
     row = re.search(r"Held-out PSNR \(dB\)\s+30.00\s+33.40\s+33.04 to 33.76\s+below\s+9", text)
     assert row is not None
+    assert "◆" in text
+
+
+def test_bar_places_the_value_in_the_range_of_all():
+    others = [float(v) for v in range(1, 12)]
+    assert cohort.bar(6.0, others) == {"start": 5.0, "width": 90.0, "middle": 50.0, "here": 50.0}
+    assert cohort.bar(21.0, others) == {"start": 2.5, "width": 45.0, "middle": 25.0, "here": 100.0}
+    assert cohort.bar(2.0, [2.0] * 5)["here"] == 50.0
 
 
 # ------------------------------------------------------------------------------ methods

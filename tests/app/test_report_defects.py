@@ -217,3 +217,23 @@ def test_running_median_and_lists():
     assert slices.running_median(values, 3).tolist() == [1.0, 1.0, 5.0, 1.0, 5.0]
     assert np.isnan(slices.running_median(np.full(3, np.nan))).all()
     assert listed(["a"]) == "a"
+
+
+def test_a_warning_is_not_told_twice(tmp_path):
+    """What a check names is not repeated by discovery or by a step; all else stays."""
+    inp = make_input(tmp_path / "w", names=("bspline", "irem"))
+    first, second, third = inp.group.stacks
+    stacks = (replace(first, slice_thickness=2.0), second, third)
+    names = [Path(stack.path).name for stack in stacks]
+    warnings = (
+        f"{names[0]}: slices 2 mm thick (sidecar) every 6 mm (header) leave a gap of 4 mm",
+        f"{names[1]}: slices 4 mm thick (sidecar) every 6 mm (header) leave a gap of 2 mm",
+        f"{names[2]}: its mask is on another grid.",
+    )
+    inp = replace(inp, group=replace(inp.group, stacks=stacks, warnings=warnings))
+    doubts = ["voxels that were not used are predicted worse (9 dB)", "something else"]
+    (inp.methods["irem"] / "step.json").write_text(json.dumps({"doubts": doubts}))
+    found = [f for f in summary.check(report_material.load(inp)) if f.look]
+    assert {f.cause for f in found} == {"thickness", "discovery", "doubt", "held-out"}
+    texts = [f.text for f in found if f.cause in ("discovery", "doubt")]
+    assert texts == [f"{warnings[1]}.", warnings[2], "irem: something else."]

@@ -12,10 +12,11 @@ from PIL import Image
 
 from irem_bids.reconstruction.geometry import RigidTransform
 from irem_bids.reconstruction.stack import read_image, write_image
-from irem_bids.report import build_report, make_figures, predicted, residuals
+from irem_bids.report import build_report, make_figures, predicted, residuals, uncertainty, viewer
 from irem_bids.report import material as report_material
+from irem_bids.report.studio import Studio
 
-from .report_material import SCALE, head, make_input, prepared
+from .report_material import SCALE, head, make_input, prepared, with_uncertainty
 
 
 def edit_fit(folder, **changes):
@@ -93,8 +94,6 @@ def test_weights_motion_and_uncertainty_are_drawn(tmp_path):
     motion[3, 0], motion[6, 4] = np.deg2rad(2.0), 1.5
     weights = [1.0] * 4 + [0.05] + [1.0] * 5
     edit_fit(folder, slice_motion={"axial1": motion.tolist()}, slice_weights={"axial1": weights})
-    volume, grid = read_image(folder / "volume.nii.gz")
-    write_image(folder / "std.nii.gz", np.where(volume > 0, 0.1 * SCALE, 0), grid)
     material = report_material.load(inp)
     figures = {
         (f.section, f.stack): f for f in make_figures(inp, tmp_path / "f", material)
@@ -109,12 +108,52 @@ def test_weights_motion_and_uncertainty_are_drawn(tmp_path):
     moved = figures["motion", "axial1"]
     assert "up to 2.00 degrees and 1.50 mm" in moved.alt
     assert moved.path.stat().st_size > 2000
-    doubt = figures["uncertainty", ""]
-    assert "median in the head is 0.1" in doubt.alt
-    assert np.ptp(np.asarray(Image.open(doubt.path)).astype(int), axis=2).max() > 60
     html = build_report([inp], tmp_path, "01").read_text()
-    for words in ("Uncertainty", "Motion of single slices", ">Slices<"):
+    for words in ("Motion of single slices", ">Slices<"):
         assert words in html
+    assert ">Uncertainty<" not in html
+
+
+def test_uncertainty_is_drawn_with_one_scale(tmp_path):
+    inp = with_uncertainty(make_input(tmp_path / "w", names=("irem", "srr")), irem=20.0, srr=40.0)
+    material = report_material.load(inp)
+    assert material.problems == []
+    most = uncertainty.top(material)
+    assert 30 < most <= 40
+    assert float(f"{most:.2g}") == most, "a round number for the legend"
+    figures = {f.method: f for f in make_figures(inp, tmp_path / "f", material)
+               if f.section == "uncertainty"}  # fmt: skip
+    assert set(figures) == {"irem", "srr"}
+    sheets = {}
+    for name, figure in figures.items():
+        assert "standard deviation" in figure.alt and "median in the head" in figure.caption
+        sheet = np.asarray(Image.open(figure.path)).astype(int)
+        above, below = sheet[: len(sheet) // 2], sheet[len(sheet) // 2 :]
+        assert np.ptp(above, axis=2).max() == 0, "the image is grey"
+        assert above.std() > 20
+        sheets[name] = below[
+            below.shape[0] // 2 - 20 : below.shape[0] // 2 - 14, : sheet.shape[1] // 3
+        ]
+    # right is at the left edge, and the array's first axis leads to the patient's left or right
+    blue, yellow = (
+        int(np.argmax(sheets["srr"].mean(axis=0) @ w)) for w in ([-1, -1, 1], [1, 1, -1])
+    )
+    assert blue != yellow
+    assert sheets["srr"].sum() > 1.1 * sheets["irem"].sum(), "half the deviation is darker"
+
+
+def test_uncertainty_joins_the_viewer_with_its_legend(tmp_path):
+    inp = with_uncertainty(make_input(tmp_path / "w", names=("irem",)), irem=20.0)
+    found = viewer.build(Studio(report_material.load(inp), tmp_path))
+    assert found is not None
+    assert [v.kind for v in found.volumes] == ["method", "std", "stack", "stack", "stack"]
+    image, doubt = found.volumes[:2]
+    assert doubt.name == "irem uncertainty" and doubt.ends[0] == 0
+    assert image.ends[1] > 10 * doubt.ends[1] / 2, "in units of the image"
+    html = build_report([inp], tmp_path, "01").read_text()
+    assert html.count('class="scale"') == 2, "in the viewer and beside the maps"
+    assert html.count('data-colours="#440154 ') == 1
+    assert "in the intensity units of the image" in html and "1.96 standard deviations" in html
 
 
 def test_wrong_map_of_uncertainty_is_told(tmp_path):

@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nipype.interfaces.base import TraitedSpec, traits
 from nipype.pipeline.engine import Node, Workflow
@@ -17,7 +18,7 @@ from irem_bids import completion
 from irem_bids.interfaces import Step, StepInput, failure_code
 from irem_bids.plugin import SturdyMultiProc
 from irem_bids.reconstruction.stack import ImageError
-from irem_bids.resources import Resources
+from irem_bids.resources import Meter, Resources
 from irem_bids.settings import Settings
 from irem_bids.workflow import Place, init_cohort_wf, init_group_wf, memory_gb, workflow_name
 
@@ -213,3 +214,14 @@ def test_killed_worker_fails_its_step_and_others_go_on(tmp_path: Path) -> None:
 
 def _false(_: int) -> bool:
     return False
+
+
+def test_meter_tells_the_peak_of_its_own_step() -> None:
+    first = Meter()
+    array = np.ones(60_000_000)  # 0.48 GB
+    del array
+    before = first.read("big")
+    assert before["seconds"]["big"] >= 0
+    assert before["memory_gb"]["big"] > 0.48
+    after = Meter().read("small")
+    assert after["memory_gb"]["small"] < before["memory_gb"]["big"] - 0.4

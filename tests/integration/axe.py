@@ -17,7 +17,7 @@ from irem_bids.report import build_report
 from irem_bids.settings import Settings
 
 from ..app.group_material import write_cohort
-from ..app.report_material import make_input
+from ..app.report_material import make_input, with_uncertainty
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 BAD = ("serious", "critical")
@@ -38,7 +38,7 @@ def make_pages(root: Path) -> list[Path]:
     """A report with a finding and an error text, and a group page with outliers."""
     out = root / "out"
     out.mkdir()
-    inp = make_input(root / "work")
+    inp = with_uncertainty(make_input(root / "work"), irem=20.0)
     write_cohort(out, 30, ("irem", "bspline"), pages=False)
     subject = build_report([inp], out, "03")
     run_group(out, Settings())

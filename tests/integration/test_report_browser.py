@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from irem_bids.report import build_report
 from irem_bids.settings import Settings
 
 from ..app.group_material import write_cohort
-from ..app.report_material import make_input
+from ..app.report_material import make_input, with_uncertainty
 
 LOCAL = ("file:", "data:")  # addresses that no request leaves the machine for
 FLAGS = (
@@ -56,7 +57,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with hostile words, moved together with its figures after it was made."""
     root = tmp_path_factory.mktemp("browser")
-    inp = make_input(root / "work")
+    inp = with_uncertainty(make_input(root / "work"), irem=20.0)
     words = "<script>document.title='broken'</script><img src=x onerror=\"alert('x')\">"
     inp = replace(inp, group=replace(inp.group, warnings=(words,)))
     (root / "out").mkdir()
@@ -182,9 +183,9 @@ def test_viewer_switches_images_and_zooms(browser: Any, page: Path) -> None:
     place = wait_for(browser, READOUT).split(" at ")[1].split(" mm")[0]
     labels = browser.find_elements(By.CSS_SELECTOR, ".viewer fieldset label")
     assert [label.text for label in labels] == [
-        "▶ irem", "▶ bspline", "axial1", "coronal1", "sagittal1",
+        "▶ irem", "▶ bspline", "irem uncertainty", "axial1", "coronal1", "sagittal1",
     ]  # fmt: skip
-    labels[2].click()
+    labels[3].click()
     wait_for(browser, f"{READOUT}.startsWith('axial1 at {place}')")
     of_stack = shown(browser, "coronal")
     assert of_stack != of_method
@@ -192,12 +193,49 @@ def test_viewer_switches_images_and_zooms(browser: Any, page: Path) -> None:
     assert "zoom 1.5" in wait_for(browser, READOUT)
     assert shown(browser, "coronal") != of_stack
     canvas = browser.find_element(By.CSS_SELECTOR, "canvas[data-plane=coronal]")
-    canvas.send_keys("p")
+    canvas.send_keys("pp")
     wait_for(browser, f"{READOUT}.startsWith('bspline at')")
+    canvas.send_keys("n")
+    wait_for(browser, f"{READOUT}.startsWith('irem uncertainty at')")
     canvas.send_keys("n")
     wait_for(browser, f"{READOUT}.startsWith('axial1 at')")
     asked = requests(browser)
     assert [url for url in asked if not url.startswith(LOCAL)] == []
+    assert browser.get_log("browser") == []
+
+
+HUES = """
+return [...document.querySelectorAll('.viewer canvas')].map(canvas => {
+    const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    let most = 0;
+    for (let i = 0; i < pixels.length; i += 4) most = Math.max(most,
+        Math.max(...pixels.slice(i, i + 3)) - Math.min(...pixels.slice(i, i + 3)));
+    return most; });
+"""
+
+
+def test_viewer_shows_uncertainty_at_the_same_place(browser: Any, page: Path) -> None:
+    """The cursor stays, the legend appears, and the number under it is that of the map."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, page)
+    place = wait_for(browser, READOUT).split(" at ")[1].split(" mm")[0]
+    legend = browser.find_element(By.CSS_SELECTOR, ".viewer .scale")
+    assert not legend.is_displayed()
+    browser.find_elements(By.CSS_SELECTOR, ".viewer fieldset label")[2].click()
+    words = wait_for(browser, f"{READOUT}.startsWith('irem uncertainty at {place}') && {READOUT}")
+    value, interval = re.findall(r"deviation ([\d.]+), 95 % within ± ([\d.]+)", words)[0]
+    assert 5 < float(value) < 15, "the middle of a ramp from 0 to 20"
+    assert float(interval) == pytest.approx(1.96 * float(value), rel=0.01)
+    assert legend.is_displayed() and "standard deviation: 0" in legend.text
+    assert min(browser.execute_script(HUES)) > 60, "the map has colours in every plane"
+    browser.find_element(By.CSS_SELECTOR, "canvas[data-plane=axial]").send_keys(Keys.ARROW_LEFT * 4)
+    moved = re.findall(r"deviation ([\d.]+)", wait_for(browser, READOUT))[0]
+    assert float(moved) != float(value)
+    browser.find_elements(By.CSS_SELECTOR, ".viewer fieldset label")[0].click()
+    wait_for(browser, f"{READOUT}.startsWith('irem at')")
+    assert not legend.is_displayed()
     assert browser.get_log("browser") == []
 
 

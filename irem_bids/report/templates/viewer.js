@@ -8,6 +8,21 @@
     sagittal: { col: 1, row: 2, normal: 0, edges: ["A", "P", "S", "I"] },
   };
   const numbers = (text) => text.split(" ").map(Number);
+  const short = (value) => String(Number(value.toPrecision(3)));
+
+  // 256 colours, red, green and blue each: between "#rrggbb #rrggbb ...", or grey.
+  function palette(text) {
+    const stops = (text || "#000000 #ffffff").split(" ").map((colour) =>
+      [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)));
+    const table = new Uint8ClampedArray(768);
+    for (let i = 0; i < 256; i++) {
+      const place = (i / 255) * (stops.length - 1);
+      const below = Math.min(Math.floor(place), stops.length - 2);
+      for (let c = 0; c < 3; c++)
+        table[3 * i + c] = stops[below][c] + (place - below) * (stops[below + 1][c] - stops[below][c]);
+    }
+    return table;
+  }
 
   async function decode(holder, shape) {
     const picture = new Image();
@@ -41,6 +56,8 @@
       this.zoom = 1;
       this.volumes = new Map();
       this.holders = [...root.querySelectorAll("template.volume")];
+      this.palettes = this.holders.map((holder) => palette(holder.dataset.colours));
+      this.scale = root.querySelector(".scale");
       this.output = root.querySelector("output");
       this.canvases = [...root.querySelectorAll("canvas")];
       this.radios = [...root.querySelectorAll("input[type=radio]")];
@@ -50,6 +67,7 @@
         button.addEventListener("click", () => this.act(button.value));
       for (const canvas of this.canvases) this.listen(canvas);
       root.hidden = false;
+      window.addEventListener("resize", () => this.draw());
       this.choose();
     }
 
@@ -153,6 +171,7 @@
     draw() {
       const values = this.volumes.get(this.chosen);
       if (!values) return;
+      if (this.scale) this.scale.hidden = !this.holders[this.chosen].dataset.colours;
       for (const canvas of this.canvases) this.paint(canvas, values);
       this.describe(values);
     }
@@ -166,18 +185,21 @@
       this.scratch.height = rows;
       const flat = this.scratch.getContext("2d");
       const image = flat.createImageData(columns, rows);
+      const colours = this.palettes[this.chosen];
       const base = this.cursor[plane.normal] * strides[plane.normal];
       for (let r = 0, o = 0; r < rows; r++) {
         const line = base + (rows - 1 - r) * strides[plane.row];
         for (let c = columns - 1; c >= 0; c--, o += 4) {
-          image.data.fill(values[line + c * strides[plane.col]], o, o + 3);
+          const from = 3 * values[line + c * strides[plane.col]];
+          for (let i = 0; i < 3; i++) image.data[o + i] = colours[from + i];
           image.data[o + 3] = 255;
         }
       }
       flat.putImageData(image, 0, 0);
-      const scale = Math.max(1, Math.ceil(480 / Math.max(columns, rows)));
-      canvas.width = columns * scale;
-      canvas.height = rows * scale;
+      // As many pixels as the screen has there, so that thin lines and letters stay.
+      const ratio = window.devicePixelRatio || 1;
+      canvas.width = Math.max(columns, Math.round(ratio * (canvas.clientWidth || 480)));
+      canvas.height = Math.round((canvas.width * rows) / columns);
       const view = this.view(canvas);
       const context = canvas.getContext("2d");
       context.imageSmoothingEnabled = false;
@@ -186,35 +208,37 @@
       context.drawImage(this.scratch, left, top, view.columns, view.rows, 0, 0, ...size);
       const x = ((columns - this.cursor[plane.col] - 0.5 - left) / view.columns) * size[0];
       const y = ((rows - this.cursor[plane.row] - 0.5 - top) / view.rows) * size[1];
-      this.cross(context, x, y, size);
-      this.letters(context, plane.edges, size);
+      this.cross(context, x, y, size, ratio);
+      this.letters(context, plane.edges, size, ratio);
     }
 
-    cross(context, x, y, size) {
-      for (const [colour, width] of [["#000", 3], ["#ffd400", 1]]) {
+    cross(context, x, y, size, ratio) {
+      const gap = 8 * ratio;
+      for (const [colour, width] of [["#000", 3], ["#ffd400", 1.2]]) {
         context.strokeStyle = colour;
-        context.lineWidth = width;
+        context.lineWidth = width * ratio;
         context.beginPath();
         context.moveTo(x, 0);
-        context.lineTo(x, y - 8);
-        context.moveTo(x, y + 8);
+        context.lineTo(x, y - gap);
+        context.moveTo(x, y + gap);
         context.lineTo(x, size[1]);
         context.moveTo(0, y);
-        context.lineTo(x - 8, y);
-        context.moveTo(x + 8, y);
+        context.lineTo(x - gap, y);
+        context.moveTo(x + gap, y);
         context.lineTo(size[0], y);
         context.stroke();
       }
     }
 
-    letters(context, edges, [width, height]) {
-      context.font = "bold 20px sans-serif";
-      context.lineWidth = 4;
+    letters(context, edges, [width, height], ratio) {
+      context.font = `bold ${16 * ratio}px sans-serif`;
+      context.lineWidth = 4 * ratio;
+      const inset = 12 * ratio;
       const places = [
-        [edges[0], 12, height / 2],
-        [edges[1], width - 12, height / 2],
-        [edges[2], width / 2, 14],
-        [edges[3], width / 2, height - 12],
+        [edges[0], inset, height / 2],
+        [edges[1], width - inset, height / 2],
+        [edges[2], width / 2, inset],
+        [edges[3], width / 2, height - inset],
       ];
       context.textAlign = "center";
       context.textBaseline = "middle";
@@ -236,10 +260,15 @@
       const place = mm.map((v, i) => `${sides[i][v < 0 ? 1 : 0]} ${Math.abs(v).toFixed(1)}`);
       const [x, y, z] = this.cursor;
       const value = values[x + this.shape[0] * (y + this.shape[1] * z)];
-      const name = this.holders[this.chosen].dataset.name;
-      const white = Math.round((100 * value) / 255);
+      const { name, ends, colours } = this.holders[this.chosen].dataset;
+      const [low, high] = numbers(ends);
+      const at = low + ((high - low) * value) / 255;
+      const most = value === 255 ? "at least " : "";
+      const words = colours
+        ? `standard deviation ${most}${short(at)}, 95 % within ± ${most}${short(1.96 * at)}`
+        : `intensity ${most}${short(at)}, ${Math.round((100 * value) / 255)} % of white`;
       const zoom = this.zoom > 1 ? `, zoom ${this.zoom.toFixed(1)}` : "";
-      this.output.textContent = `${name} at ${place.join(", ")} mm: ${white} % of white${zoom}`;
+      this.output.textContent = `${name} at ${place.join(", ")} mm: ${words}${zoom}`;
     }
   }
 
