@@ -24,6 +24,7 @@ from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
 from .prepare import Prepared, write_json
 from .registration import ncc
+from .repeatable import repeatable
 from .sample import evaluate, sample
 from .solution import Job, Linear, Prediction, State, solve_linear
 from .stack import Stack
@@ -179,7 +180,8 @@ def fit(
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(methods)}")
     torch.manual_seed(settings.run.random_seed)
     started = time.monotonic()
-    result = methods[method](Job(prepared, grid, settings, device, checkpoint, progress))
+    with repeatable(settings.run.deterministic):
+        result = methods[method](Job(prepared, grid, settings, device, checkpoint, progress))
     result.info |= {"device": device, "seconds": round(time.monotonic() - started, 3)}
     result.field = result.field.to("cpu").eval()
     return result
@@ -280,9 +282,7 @@ def _linear_or_saved(job: Job) -> Linear:
     refined = job.settings.irem.refine_poses and job.settings.normalise.registration
     linear = solve_linear(job, refined=refined, progress=job.part(0.0, 0.5, "linear"))
     if not bool(torch.isfinite(linear.volume).all()):
-        raise FloatingPointError(
-            "the linear solution is not finite; try --no-refine-poses"
-        )
+        raise FloatingPointError("the linear solution is not finite; try --no-refine-poses")
     if path is not None:
         record = {"state": linear.state.record(), "info": linear.info}
         save_state(path, {"volume": linear.volume}, record)

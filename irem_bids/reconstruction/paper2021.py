@@ -272,9 +272,7 @@ def _end_of_epoch(
         progress(training.epoch / settings.epochs_2021, text)
 
 
-def _mean_squared_error(
-    network: PaperNetwork, points: Points, values: Points, most: int
-) -> float:
+def _mean_squared_error(network: PaperNetwork, points: Points, values: Points, most: int) -> float:
     """``most`` points at a time."""
     network.eval()
     total, device = 0.0, network.centre.device
