@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lesions import choose, lesion_contrast, paint
 from simulated_head import machine, truth_volume
 
 from irem_bids.reconstruction.evaluation import evaluate, pose_errors
@@ -78,49 +79,9 @@ def settings_of(case: Case, extra: Sequence[str]) -> Settings:
 
 def plant(volume: np.ndarray, grid: Grid, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Spheres of 3, 4 and 6 mm, 30 % brighter or darker, where the head is even."""
-    from scipy.ndimage import binary_erosion, gaussian_filter
-
-    random = np.random.default_rng(seed + 100)
-    smooth = gaussian_filter(volume, 2.0)
-    uneven = np.sqrt(np.maximum(gaussian_filter(volume**2, 2.0) - smooth**2, 0)) / (smooth + 1)
-    inner = binary_erosion(head_mask(volume), iterations=12)
-    inner &= uneven < np.quantile(uneven[inner], 0.35)
-    where, out, planted = np.argwhere(inner), volume.copy(), []
-    points = grid.to_world(np.indices(volume.shape).reshape(3, -1).T).reshape(*volume.shape, 3)
-    for diameter in (3.0, 4.0, 6.0):
-        for sign in (1, -1) * 8:
-            while True:
-                centre = grid.to_world(where[random.integers(len(where))])
-                if all(np.linalg.norm(centre - p["centre"]) > 14 for p in planted):
-                    break
-            # a smooth edge of half a voxel on either side
-            distance = np.linalg.norm(points - centre, axis=-1)
-            inside = np.clip(diameter / 2 - distance + 0.5, 0, 1)
-            out *= (1 + 0.3 * sign * inside).astype(np.float32)
-            planted.append({"centre": centre.tolist(), "diameter": diameter, "sign": sign})
-    return out, planted
-
-
-def lesion_contrast(
-    found: np.ndarray, truth: np.ndarray, clean: np.ndarray, lesions: list[dict], grid: Grid
-) -> dict[str, float]:
-    """Per diameter, the slope of recovered against true change in the spots (through 0).
-
-    The change is taken against the surroundings, a shell of 2 to 4 mm about each.
-    """
-    out: dict[str, list[tuple[float, float]]] = {}
-    points = grid.to_world(np.indices(truth.shape).reshape(3, -1).T).reshape(*truth.shape, 3)
-    for one in lesions:
-        distance = np.linalg.norm(points - one["centre"], axis=-1)
-        radius = one["diameter"] / 2
-        core, shell = distance <= radius, (distance > radius + 2) & (distance <= radius + 4)
-        true = (truth - clean)[core].mean()
-        seen = (found - clean)[core].mean() - (found - clean)[shell].mean()
-        out.setdefault(f"{one['diameter']:g} mm", []).append((float(true), float(seen)))
-    return {
-        name: float(np.dot(*np.array(rows).T) / np.dot(np.array(rows)[:, 0], np.array(rows)[:, 0]))
-        for name, rows in out.items()
-    }
+    wanted = [(diameter, sign) for diameter in (3.0, 4.0, 6.0) for sign in (1, -1) * 8]
+    lesions = choose(volume, grid, seed, wanted)
+    return paint(volume, grid, lesions), lesions
 
 
 def slice_errors(
@@ -284,9 +245,8 @@ class Bench:
             fitted = fitted or gauge(
                 image, found.grid, self.volume, self.grid, self.mask, threads=2
             )
-            out["contrast"] = lesion_contrast(
-                fitted.volume, self.volume, self.clean, self.lesions, self.grid
-            )
+            changes = (fitted.volume - self.clean, self.volume - self.clean)
+            out["contrast"] = lesion_contrast(*changes, self.lesions, self.grid)
         return out
 
 

@@ -82,6 +82,7 @@ def campaign(folder: Path, kills: int, subjects: int, seed: int, method: str) ->
             ended = one_run(folder, words, method, moment, rng)
             if ended is None:
                 done += 1
+                print(f"kill {done} of {kills}, after {moment:.1f} s", file=sys.stderr, flush=True)
                 continue
             if ended[0]:
                 faults.append(f"round {rounds}, start {last}: code {ended[0]}: {ended[1][-2000:]}")
@@ -98,7 +99,8 @@ def campaign(folder: Path, kills: int, subjects: int, seed: int, method: str) ->
     return {
         "kills": done, "subjects": subjects, "method": method, "rounds": rounds, "seed": seed,
         "images": len(expected), "files_watched": looked,
-        "seconds_undisturbed": round(duration, 1), "faults": faults,
+        "seconds_undisturbed": round(duration, 1), "seconds": round(time.monotonic() - began, 1),
+        "faults": faults,
     }  # fmt: skip
 
 

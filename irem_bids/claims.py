@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import shutil
-import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,7 @@ from typing import IO
 PREFIX = ".irem-bids-"
 STALE = 600.0  # s after which a hidden file that a run writes is one that it has left
 #: What a run writes before it is renamed, and what it tries a folder with.
-_LEFTOVER = re.compile(r"\.\d+\..+|\.irem-bids-[0-9a-f]{32}")
+_LEFTOVER = re.compile(r"\.(\d+)\..+|\.irem-bids-[0-9a-f]{32}")
 
 
 class Claims:
@@ -69,14 +69,34 @@ class Claims:
 
 
 def sweep(folder: Path) -> None:
-    """Remove hidden files that runs which were killed have left, long ago."""
-    before = time.time() - STALE
+    """Remove hidden files that runs which were killed have left, long ago.
+
+    A file's age is counted on the clock of its file system, which may be a server's; a clock
+    that was set says a wrong age, so that what a living process here writes stays in any case.
+    """
+    before = _clock_of(folder) - STALE
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
+            found = _LEFTOVER.fullmatch(name)
             with contextlib.suppress(OSError):
-                if _LEFTOVER.fullmatch(name) and path.stat().st_mtime < before:
+                if found and not _lives(found[1]) and path.stat().st_mtime < before:
                     path.unlink()
+
+
+def _clock_of(folder: Path) -> float:
+    """The time that the file system gives a file that is written now."""
+    probe = folder / f"{PREFIX}{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _lives(process: str | None) -> bool:
+    """Whether there is a process of this number."""
+    return process is not None and Path("/proc", process).exists()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ Nothing heavy is imported before the command line is understood.
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the shell's code for a run ended by Ctrl-C
 SHOWN_REJECTIONS = 20
-_IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory; give more, or lower --nprocs", ExitCode.TEMPORARY)
     except OSError as error:
-        if error.errno not in _IO_ERRORS:
+        from .space import is_storage
+
+        if not is_storage(error):
             return _defect(error)
         return _fail(f"{error.filename or 'output'}: {error.strerror}", ExitCode.IO_ERROR)
     except Exception as error:  # the last line of defence: a defect, shown with its traceback

@@ -79,6 +79,7 @@ def failure_code(error: BaseException) -> int:
     """The exit code that fits an error: bad data, no memory, no space, or just failure."""
     from .exitcodes import ExitCode, UserError
     from .reconstruction.geometry import GeometryError
+    from .reconstruction.recovery import out_of_memory
     from .reconstruction.stack import ImageError
     from .space import is_storage
 
@@ -88,7 +89,7 @@ def failure_code(error: BaseException) -> int:
         return int(ExitCode.IO_ERROR)
     if isinstance(error, (ImageError, GeometryError)):
         return int(ExitCode.BAD_DATA)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if out_of_memory(error):
         return int(ExitCode.TEMPORARY)
     if isinstance(error, OSError):
         return int(ExitCode.IO_ERROR)
@@ -314,6 +315,7 @@ def _judge(prepared: Any, result: Any, values: Any, grid: Any, mask: Any, metric
 
     stacks, poses = prepared.stacks, result.poses
     found = [
+        plausible.Findings(doubts=tuple(result.info.get("doubts", ()))),
         plausible.judge_poses(
             stacks,
             [poses[stack.label] for stack in stacks],

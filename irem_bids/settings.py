@@ -273,9 +273,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Run:
-    """How the run is carried out; nothing here changes an image, the seed excepted."""
+    """How the run is carried out; nothing here changes an image, the first two excepted."""
 
     random_seed: int = option(2021, "seed of everything random", flags=("--seed",), low=0)
+    deterministic: bool = option(
+        False, "on a GPU, the same bits each time, more slowly; a CPU gives them anyway"
+    )
     device: str = option("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'", nohash=True)
     gpus: int | None = option(
         None,

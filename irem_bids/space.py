@@ -21,9 +21,12 @@ OUTPUT_BYTES, OUTPUT_BASE = 1.0, 250_000
 WORK_BYTES, WORK_BASE = 10.0, 200_000
 MODEL_BYTES, STACK_BYTES = 4.0, 1.5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_STORAGE = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
+#: A mount that is lost says one of the later ones: NFS, FUSE, and a server that is gone.
+_STORAGE = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN,
+            errno.EREMOTEIO, errno.EHOSTDOWN)  # fmt: skip
 _WORDS = ("no space left on device", "disk quota exceeded", "disk is full", "read-only file system",
-          "input/output error", "stale file handle")  # fmt: skip
+          "input/output error", "stale file handle", "transport endpoint is not connected",
+          "remote i/o error", "host is down", "file too large")  # fmt: skip
 
 
 def is_storage(error: BaseException | str) -> bool:

@@ -15,13 +15,17 @@ def save_state(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -
     """Write whole or not at all, also when the process is killed."""
     from safetensors.torch import save_file
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-        temporary,
-        metadata={"record": json.dumps(record)},
-    )
-    os.replace(temporary, path)
+    try:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            temporary,
+            metadata={"record": json.dumps(record)},
+        )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

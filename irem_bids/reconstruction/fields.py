@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -161,11 +162,30 @@ def _linear(inputs: int, outputs: int, random: torch.Generator) -> torch.nn.Line
 
 def _look_up(table: Tensor, unit: Tensor) -> Tensor:
     """Trilinear look-up: table (1, C, X, Y, Z) at (N, 3) in [-1, 1] to (N, C)."""
+    if table.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return gathered_look_up(table, unit)
     where = unit.flip(-1).reshape(1, -1, 1, 1, 3)  # grid_sample wants the last axis first
     values = torch.nn.functional.grid_sample(
         table, where, mode="bilinear", padding_mode="zeros", align_corners=True
     )
     return values.reshape(table.shape[1], -1).T
+
+
+def gathered_look_up(table: Tensor, unit: Tensor) -> Tensor:
+    """The same, corner by corner: torch's own has no deterministic gradient on a GPU."""
+    sizes = torch.tensor(table.shape[2:], device=table.device)
+    place = (unit + 1) / 2 * (sizes - 1)
+    low = place.floor()
+    part, flat = place - low, table.reshape(table.shape[1], -1)
+    total = torch.zeros(len(unit), table.shape[1], device=table.device)
+    for corner in itertools.product((0, 1), repeat=3):
+        bits = torch.tensor(corner, device=table.device)
+        index = low.long() + bits
+        inside = ((index >= 0) & (index < sizes)).all(-1)
+        x, y, z = torch.minimum(index.clamp_min(0), sizes - 1).unbind(-1)
+        weight = torch.where(bits > 0, part, 1 - part).prod(-1) * inside
+        total = total + weight[:, None] * flat[:, (x * sizes[1] + y) * sizes[2] + z].T
+    return total
 
 
 def kinds() -> dict[str, type[Field]]:

@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .recovery import Pieces
+
 if TYPE_CHECKING:
     from .acquisition import Rows
 
-CHUNK = 2**22  # points at a time
+CHUNK = 2**22  # points at a time, fewer where memory ends
 
 
 class DeviceRows:
@@ -27,6 +29,7 @@ class DeviceRows:
         self.index = torch.from_numpy(rows.index).to(device)
         self.slices = self.index[:, rows.axis].long()
         self.weights = torch.from_numpy(rows.weights).to(device)
+        self.pieces = Pieces("forward model")
         self.place(rows)
 
     def place(self, rows: Rows) -> None:
@@ -36,9 +39,9 @@ class DeviceRows:
         self.steps = torch.from_numpy(rows.steps).to(device)
         self.through = torch.from_numpy(rows.through).to(device)
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their points (n, T, 3) in voxel indices."""
-        size = max(1, CHUNK // len(self.weights))
+    def chunks(self, most: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their points (n, T, 3) in voxel indices, about ``most`` points at a time."""
+        size = max(1, most // len(self.weights))
         for first in range(0, len(self.index), size):
             part = slice(first, min(first + size, len(self.index)))
             k = self.slices[part]
@@ -74,21 +77,30 @@ def _corners(
 def forward(volume: Tensor, rows: DeviceRows) -> Tensor:
     """Volume (X, Y, Z) to predicted rows (N,)."""
     flat, out = volume.reshape(-1), torch.empty(len(rows.index), device=volume.device)
-    for part, points in rows.chunks():
-        values = torch.zeros(points.shape[:2], device=volume.device)
-        for where, weight, _ in _corners(points, tuple(volume.shape)):
-            values += weight * flat[where]
-        out[part] = values @ rows.weights
+
+    def work(most: int) -> None:
+        for part, points in rows.chunks(most):
+            values = torch.zeros(points.shape[:2], device=volume.device)
+            for where, weight, _ in _corners(points, tuple(volume.shape)):
+                values += weight * flat[where]
+            out[part] = values @ rows.weights
+
+    rows.pieces.run(CHUNK, work)
     return out
 
 
 def adjoint(values: Tensor, rows: DeviceRows, shape: tuple[int, ...]) -> Tensor:
     """Rows (N,) to volume (X, Y, Z), the exact adjoint of :func:`forward`."""
     out = torch.zeros(int(np.prod(shape)), device=values.device)
-    for part, points in rows.chunks():
-        spread = values[part][:, None] * rows.weights
-        for where, weight, _ in _corners(points, shape):
-            out.index_add_(0, where.reshape(-1), (weight * spread).reshape(-1))
+
+    def work(most: int) -> None:
+        out.zero_()
+        for part, points in rows.chunks(most):
+            spread = values[part][:, None] * rows.weights
+            for where, weight, _ in _corners(points, shape):
+                out.index_add_(0, where.reshape(-1), (weight * spread).reshape(-1))
+
+    rows.pieces.run(CHUNK, work)
     return out.reshape(shape)
 
 
@@ -103,15 +115,19 @@ def derivatives(
     inverse = torch.linalg.inv(matrix)
     middle = torch.from_numpy(np.array(pivot)).float().to(device)
     last = torch.tensor(volume.shape, device=device) - 1
-    for part, points in rows.chunks():
-        slope = torch.zeros_like(points)
-        for where, _, slopes in _corners(points, tuple(volume.shape)):
-            slope += torch.stack(slopes, dim=-1) * flat[where][..., None]
-        whole = ((points >= 0) & (points < last)).all(-1)
-        slope = slope * (whole * rows.weights)[..., None]
-        world = slope @ inverse
-        arm = (points - middle) @ matrix.T
-        out[part, :3] = torch.linalg.cross(arm, world).sum(1)
-        out[part, 3:6] = world.sum(1)
-        out[part, 6] = (slope * rows.through[rows.slices[part]]).sum((1, 2))
+
+    def work(most: int) -> None:
+        for part, points in rows.chunks(most):
+            slope = torch.zeros_like(points)
+            for where, _, slopes in _corners(points, tuple(volume.shape)):
+                slope += torch.stack(slopes, dim=-1) * flat[where][..., None]
+            whole = ((points >= 0) & (points < last)).all(-1)
+            slope = slope * (whole * rows.weights)[..., None]
+            world = slope @ inverse
+            arm = (points - middle) @ matrix.T
+            out[part, :3] = torch.linalg.cross(arm, world).sum(1)
+            out[part, 3:6] = world.sum(1)
+            out[part, 6] = (slope * rows.through[rows.slices[part]]).sum((1, 2))
+
+    rows.pieces.run(CHUNK, work)
     return out

@@ -24,6 +24,7 @@ from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
 from .prepare import Prepared, write_json
 from .registration import ncc
+from .repeatable import repeatable
 from .sample import evaluate, sample
 from .solution import Job, Linear, Prediction, State, solve_linear
 from .stack import Stack
@@ -179,7 +180,8 @@ def fit(
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(methods)}")
     torch.manual_seed(settings.run.random_seed)
     started = time.monotonic()
-    result = methods[method](Job(prepared, grid, settings, device, checkpoint, progress))
+    with repeatable(settings.run.deterministic):
+        result = methods[method](Job(prepared, grid, settings, device, checkpoint, progress))
     result.info |= {"device": device, "seconds": round(time.monotonic() - started, 3)}
     result.field = result.field.to("cpu").eval()
     return result
@@ -247,6 +249,7 @@ def _fit_irem(job: Job) -> Fit:
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
+    info["doubts"] = training.doubts
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
     found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}
     if linear.info.get("motion") == "slice":
@@ -278,6 +281,8 @@ def _linear_or_saved(job: Job) -> Linear:
         return Linear(volume, State.restored(record["state"]), dict(record["info"]))
     refined = job.settings.irem.refine_poses and job.settings.normalise.registration
     linear = solve_linear(job, refined=refined, progress=job.part(0.0, 0.5, "linear"))
+    if not bool(torch.isfinite(linear.volume).all()):
+        raise FloatingPointError("the linear solution is not finite; try --no-refine-poses")
     if path is not None:
         record = {"state": linear.state.record(), "info": linear.info}
         save_state(path, {"volume": linear.volume}, record)
@@ -300,6 +305,7 @@ def _fit_irem2021(job: Job) -> Fit:
     if options.background:
         uses = [~held for held in prepared.held_out]
     points, values = _voxels(prepared, uses)
+    doubts: list[str] = []
     field, history = fit_paper(
         points,
         values,
@@ -310,8 +316,10 @@ def _fit_irem2021(job: Job) -> Fit:
         progress=job.part(0, 1, "irem2021"),
         held_out=_voxels(prepared, list(prepared.held_out)),
         checkpoint_seconds=job.settings.run.checkpoint_seconds,
+        doubts=doubts,
     )
-    return _result(job, "irem2021", field, history=history, info={"parameters": _count(field)})
+    info = {"parameters": _count(field), "doubts": doubts}
+    return _result(job, "irem2021", field, history=history, info=info)
 
 
 def _voxels(prepared: Prepared, uses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

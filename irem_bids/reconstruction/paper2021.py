@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -32,12 +31,12 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..settings import Irem2021
+from .checkpoint import load_state, save_state
 from .fields import Field
+from .recovery import Pieces, Retreat, finite
 
 LAYERS = 18
 SKIPS = (6, 12)  # the network's input is put beside the activation of these layers
@@ -198,6 +197,7 @@ def fit_paper(
     progress: Progress | None = None,
     held_out: tuple[Points, Points] | None = None,
     checkpoint_seconds: float = 60.0,
+    doubts: list[str] | None = None,
 ) -> tuple[PaperNetwork, dict[str, list[float]]]:
     """Train the paper's network on point samples.
 
@@ -215,6 +215,8 @@ def fit_paper(
         Called after each epoch with the fraction done and a line of text.
     held_out
         Points and values that are only predicted, for the curve.
+    doubts
+        Gets what a report should say: memory that ended, a loss that was not finite.
 
     Returns
     -------
@@ -242,6 +244,8 @@ def fit_paper(
     if store is not None:
         training.save(store)
     training.network.eval()
+    if doubts is not None:
+        doubts += training.pieces.doubts + training.retreat.doubts
     return training.network, training.history
 
 
@@ -254,22 +258,27 @@ def _end_of_epoch(
     """Note the held-out error (about 200 times in all) and report."""
     every = max(1, settings.epochs_2021 // 200)
     done = training.epoch == settings.epochs_2021
-    if held_out is not None and len(held_out[1]) and (training.epoch % every == 0 or done):
-        error = _mean_squared_error(training.network, *held_out)
+    due = done or training.epoch % every == 0
+    due = due and training.steps not in [0, *training.history["held_out_step"][-1:]]
+    if held_out is not None and len(held_out[1]) and due:
+        error = training.evaluation.run(
+            CHUNK, lambda most: _mean_squared_error(training.network, *held_out, most)
+        )
         training.history["held_out_step"].append(training.steps)
         training.history["held_out"].append(error)
-    if progress is not None:
+    if progress is not None and training.history["loss"]:
         text = f"epoch {training.epoch} of {settings.epochs_2021}"
         text += f", loss {training.history['loss'][-1]:.5f}"
         progress(training.epoch / settings.epochs_2021, text)
 
 
-def _mean_squared_error(network: PaperNetwork, points: Points, values: Points) -> float:
+def _mean_squared_error(network: PaperNetwork, points: Points, values: Points, most: int) -> float:
+    """``most`` points at a time."""
     network.eval()
     total, device = 0.0, network.centre.device
     with torch.no_grad():
-        for start in range(0, len(values), CHUNK):
-            piece = slice(start, start + CHUNK)
+        for start in range(0, len(values), most):
+            piece = slice(start, start + most)
             where = torch.as_tensor(np.asarray(points[piece], dtype=np.float32), device=device)
             found = network(where).cpu().numpy().astype(np.float64)
             total += float(np.sum((found - values[piece]) ** 2))
@@ -307,31 +316,56 @@ class _Training:
             "held_out_step": [],
             "held_out": [],
         }
+        self.pieces, self.retreat = Pieces("training"), Retreat()
+        self.evaluation = Pieces("held-out voxels")
         self._begin_epoch()
+        self.good = self.state()
 
     def _begin_epoch(self) -> None:
         self.before = self.random.get_state()  # what the order of this epoch is drawn from
         self.order = torch.randperm(len(self.values), generator=self.random, device=self.device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.settings, self.epoch)
+            group["lr"] = learning_rate(self.settings, self.epoch) * self.retreat.rate
 
     def step(self) -> None:
         """One batch; after the last one the next epoch begins (``batch`` is 0)."""
         picked = self.order[self.batch * self.size : (self.batch + 1) * self.size]
-        self.optimiser.zero_grad(set_to_none=True)
-        predicted = self.network(self.points[picked])
-        loss = torch.nn.functional.mse_loss(predicted, self.values[picked])
-        loss.backward()
+        loss = self.pieces.run(len(picked), lambda most: self._gradient(picked, most))
         self.optimiser.step()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss
         self.steps += 1
         self.batch += 1
         if self.batch == self.batches:
-            self.history["step"].append(self.steps)
-            self.history["loss"].append(float(self.loss_sum) / self.batches)
-            self.epoch, self.batch = self.epoch + 1, 0
-            self._begin_epoch()
+            self._close_epoch(float(self.loss_sum) / self.batches)
+
+    def _gradient(self, picked: Tensor, most: int) -> Tensor:
+        """The gradient of a batch's loss, about ``most`` voxels at a time, and the loss.
+
+        Each piece is normalised by itself where there are several.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in picked.tensor_split(-(-len(picked) // most)):
+            predicted = self.network(self.points[part])
+            loss = torch.nn.functional.mse_loss(predicted, self.values[part])
+            loss = loss * (len(part) / len(picked))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _close_epoch(self, loss: float) -> None:
+        """Keep the state; where it is not finite, step back to the last epoch that was."""
+        if not (math.isfinite(loss) and finite(self.network)):
+            self.retreat.step_back(loss, f"epoch {self.epoch + 1}")
+            tensors, where = self.good
+            self.restore(tensors, where | {"retreat": self.retreat.record()})
+            return
+        self.history["step"].append(self.steps)
+        self.history["loss"].append(loss)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._begin_epoch()
+        self.good = self.state()
 
     @cached_property
     def identity(self) -> str:
@@ -343,36 +377,24 @@ class _Training:
             key.update(tensor.cpu().numpy().tobytes())
         return key.hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Write the whole state to ``path``, whole or not at all."""
-        tensors = {f"network.{k}": v.contiguous() for k, v in self.network.state_dict().items()}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all that changes: tensors, and what JSON can hold."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v.contiguous() for k, v in state.items()}
+            tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
         tensors |= {"random": self.before, "loss_sum": self.loss_sum}
         where = {
-            "identity": self.identity,
             "epoch": self.epoch,
             "batch": self.batch,
             "steps": self.steps,
-            "history": self.history,
+            "history": {name: list(values) for name, values in self.history.items()},
+            "pieces": self.pieces.count,
+            "retreat": self.retreat.record(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
-            save_file(tensors, temporary, metadata={"state": json.dumps(where)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return {name: t.detach().clone().contiguous() for name, t in tensors.items()}, where
 
-    def resume(self, path: Path) -> bool:
-        """Take the state from ``path`` if it is there and belongs to this training."""
-        if not path.exists():
-            return False
-        with safe_open(path, framework="pt", device=str(self.device)) as file:
-            where = json.loads(file.metadata()["state"])
-            if where["identity"] != self.identity or where["epoch"] > self.settings.epochs_2021:
-                return False
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    def restore(self, tensors: dict[str, Tensor], where: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
         self.network.load_state_dict(
             {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
         )
@@ -380,12 +402,36 @@ class _Training:
         for name, value in tensors.items():
             if name.startswith("adam."):
                 _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = value.cpu() if key == "step" else value
+                kept = value.cpu() if key == "step" else value
+                state.setdefault(int(index), {})[key] = kept.clone()
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         self.epoch, self.batch, self.steps = where["epoch"], where["batch"], where["steps"]
-        self.history = where["history"]
+        self.history = {name: list(values) for name, values in where["history"].items()}
+        self.pieces.count = max(self.pieces.count, where["pieces"])
+        self.retreat = Retreat(*where["retreat"])
         self.random.set_state(tensors["random"].cpu())
         self._begin_epoch()
         self.loss_sum += tensors["loss_sum"]
+
+    def save(self, path: Path) -> None:
+        """Write the whole state to ``path``, whole or not at all.
+
+        A state that is not finite is none to go on from; the last one stays.
+        """
+        if not finite(self.network):
+            return
+        tensors, where = self.state()
+        save_state(path, tensors, {"identity": self.identity, **where})
+
+    def resume(self, path: Path) -> bool:
+        """Take the state from ``path`` if it is there and belongs to this training."""
+        found = load_state(path)
+        if found is None:
+            return False
+        tensors, where = found
+        if where["identity"] != self.identity or where["epoch"] > self.settings.epochs_2021:
+            return False
+        self.restore({name: t.to(self.device) for name, t in tensors.items()}, where)
+        self.good = self.state()
         return True

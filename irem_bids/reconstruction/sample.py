@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .fields import Field
 from .geometry import Grid
+from .recovery import Pieces
 
 
 def evaluate(field: Field, points: NDArray[np.float64], *, chunk: int = 2**18) -> NDArray:
@@ -16,10 +17,14 @@ def evaluate(field: Field, points: NDArray[np.float64], *, chunk: int = 2**18) -
     tensors = [*field.parameters(), *field.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     values = np.empty(len(points), dtype=np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(points), chunk):
-            part = torch.from_numpy(points[start : start + chunk]).float().to(device)
-            values[start : start + len(part)] = field(part).cpu().numpy()
+
+    def work(most: int) -> None:
+        with torch.inference_mode():
+            for start in range(0, len(points), most):
+                part = torch.from_numpy(points[start : start + most]).float().to(device)
+                values[start : start + len(part)] = field(part).cpu().numpy()
+
+    Pieces("evaluating the field").run(chunk, work)
     return values
 
 
@@ -28,15 +33,19 @@ def sample(
 ) -> NDArray[np.float32]:
     """The field at every voxel centre of ``grid``, in scaled intensity, float32.
 
-    Memory beyond the result is bounded by ``chunk`` points.
+    Memory beyond the result is bounded by ``chunk`` points, by fewer where that is too much.
     """
     field = field.to(device).eval()
     total = int(np.prod(grid.shape))
     values = np.empty(total, dtype=np.float32)
-    with torch.inference_mode():
-        for start in range(0, total, chunk):
-            flat = np.arange(start, min(start + chunk, total))
-            index = np.stack(np.unravel_index(flat, grid.shape), axis=1)
-            points = torch.from_numpy(grid.to_world(index)).float().to(device)
-            values[flat] = field(points).cpu().numpy()
+
+    def work(most: int) -> None:
+        with torch.inference_mode():
+            for start in range(0, total, most):
+                flat = np.arange(start, min(start + most, total))
+                index = np.stack(np.unravel_index(flat, grid.shape), axis=1)
+                points = torch.from_numpy(grid.to_world(index)).float().to(device)
+                values[flat] = field(points).cpu().numpy()
+
+    Pieces("sampling the field").run(chunk, work)
     return values.reshape(grid.shape)

@@ -25,11 +25,13 @@ from ..settings import Settings
 from .acquisition import Quadrature, StackModel, training_quadrature
 from .checkpoint import load_state, save_state
 from .fields import ResidualField
+from .recovery import Pieces, Retreat, finite
 from .stack import Stack
 
 Progress = Callable[[float, str], None]
 LOG_EVERY = 20  # steps
 CHECKS = 8  # evaluations of the held-out voxels in all
+HELD_OUT = 65536  # voxels of them at a time
 
 
 class Samples:
@@ -71,7 +73,11 @@ class Samples:
 
 
 class Training:
-    """Adam on batches of voxels; its whole state can be saved and taken up again."""
+    """Adam on batches of voxels; its whole state can be saved and taken up again.
+
+    Where memory ends, a batch is computed in pieces, whose gradients sum to the same.  Where
+    the loss is not finite, it steps back to the last state that was checked, at a lower rate.
+    """
 
     def __init__(
         self,
@@ -107,7 +113,14 @@ class Training:
         self.best = float("inf")
         self.best_state: dict[str, Tensor] = {}
         self.order = torch.empty(0, dtype=torch.int64)
-        self.sum_loss = 0.0
+        self.pieces, self.retreat = Pieces("training"), Retreat()
+        self.evaluation = Pieces("held-out voxels")
+        self.good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    @property
+    def doubts(self) -> list[str]:
+        """What the report should say of it."""
+        return self.pieces.doubts + self.retreat.doubts
 
     def run(self, path: Path | None, seconds: float, progress: Progress | None) -> None:
         """All steps that are left; a checkpoint at ``path`` every ``seconds``."""
@@ -115,18 +128,21 @@ class Training:
             self.resume(path)
         if self.step == 0:
             self.check()
+        if self.good is None:  # resumed
+            self.good = self.state()
         last = time.monotonic()
         check_every = max(1, self.steps // CHECKS)
         while self.step < self.steps:
             self.advance()
-            if self.step % check_every == 0 or self.step == self.steps:
+            due = self.step % check_every == 0 or self.step == self.steps
+            if due and self.history["held_out_step"][-1] != self.step:
                 self.check()
             if progress:
                 progress(self.step / self.steps, f"step {self.step} of {self.steps}")
             if path is not None and time.monotonic() - last >= seconds:
                 self.save(path)
                 last = time.monotonic()
-        self.field.load_state_dict(self.best_state)
+        self.field.load_state_dict(self.best_state | self._base)
 
     def advance(self) -> None:
         """One step of Adam; the learning rate falls to a tenth along a cosine."""
@@ -136,20 +152,34 @@ class Training:
         size = self.options.batch_size
         batch = self.order[place * size : (place + 1) * size].to(self.device)
         share = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * self.step / max(self.steps, 1)))
-        self.optimiser.param_groups[0]["lr"] = self.options.learning_rate * float(share)
-        loss = self.loss(self.samples, batch)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        rate = self.options.learning_rate * self.retreat.rate * float(share)
+        self.optimiser.param_groups[0]["lr"] = rate
+        loss = self.pieces.run(len(batch), lambda most: self.gradient(batch, most))
         self.optimiser.step()
         self.step += 1
         if self.step % LOG_EVERY == 0 or self.step == self.steps:
-            value = float(loss.detach())
+            value = float(loss)
             if not np.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is {value} at step {self.step}; lower --learning-rate"
-                )
+                self.step_back(value)
+                return
             self.history["step"].append(self.step)
             self.history["loss"].append(value)
+
+    def gradient(self, batch: Tensor, most: int) -> Tensor:
+        """The gradient of a batch's loss, ``most`` voxels at a time, and the loss."""
+        self.optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for part in batch.split(most):
+            loss = self.loss(self.samples, part) * (len(part) / len(batch))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def step_back(self, value: float) -> None:
+        """Take up the last good state, with a lower learning rate."""
+        self.retreat.step_back(value, f"step {self.step}")
+        tensors, record = self.good or self.state()
+        self.restore(tensors, record | {"retreat": self.retreat.record()})
 
     def predict(self, samples: Samples, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted residual (B,), learned residual (B, Q) and the points (B, Q, 3)."""
@@ -172,54 +202,94 @@ class Training:
         edges = torch.sqrt(slope**2 + self.width**2).mean()
         return data + self.options.penalty * self.field.options["scale"] * edges
 
-    @torch.no_grad()
     def check(self) -> None:
-        """Mean squared error of the held-out voxels; the best state so far is kept."""
-        total = 0.0
-        for start in range(0, len(self.held_out), 65536):
-            batch = torch.arange(start, min(start + 65536, len(self.held_out)), device=self.device)
-            predicted, _, _ = self.predict(self.held_out, batch)
-            total += float(((self.held_out.targets[batch] - predicted).double() ** 2).sum())
-        error = total / max(1, len(self.held_out))
+        """Mean squared error of the held-out voxels; the best state so far is kept.
+
+        The state is kept as a good one, too, to step back to.  Where no voxel is held out,
+        the last good state is the best.
+        """
+        count = len(self.held_out)
+        total = self.evaluation.run(min(count, HELD_OUT), self._squared_error) if count else 0.0
+        error = total / max(1, count)
+        if not (np.isfinite(error) and finite(self.field)):
+            if self.good is None:
+                raise FloatingPointError(
+                    f"the error of the held-out voxels is {error} before training: the linear "
+                    "solution or the stacks hold numbers that are not finite"
+                )
+            self.step_back(error)
+            return
         self.history["held_out_step"].append(self.step)
         self.history["held_out"].append(error)
-        if error < self.best or not self.best_state:
+        if error < self.best or not count:
             self.best = error
-            self.best_state = {k: v.clone() for k, v in self.field.state_dict().items()}
+            self.best_state = {
+                k: v.clone() for k, v in self.field.state_dict().items() if k != "base.volume"
+            }
+        self.good = self.state()
 
-    def save(self, path: Path) -> None:
-        """The whole state, so that going on gives the same numbers (on the CPU)."""
+    @torch.no_grad()
+    def _squared_error(self, most: int) -> float:
+        total = 0.0
+        for batch in torch.arange(len(self.held_out), device=self.device).split(max(1, most)):
+            predicted, _, _ = self.predict(self.held_out, batch)
+            total += float(((self.held_out.targets[batch] - predicted).double() ** 2).sum())
+        return total
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all that changes: tensors, and what JSON can hold."""
         tensors = {
             f"field.{k}": v for k, v in self.field.state_dict().items() if k != "base.volume"
         }
-        tensors |= {f"best.{k}": v for k, v in self.best_state.items() if k != "base.volume"}
+        tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         tensors |= {"random": self.random.get_state(), "order": self.order}
-        record = {"step": self.step, "best": self.best, "history": self.history}
-        save_state(path, tensors, record)
+        record = {
+            "step": self.step,
+            "best": self.best,
+            "history": {name: list(values) for name, values in self.history.items()},
+            "pieces": self.pieces.count,
+            "retreat": self.retreat.record(),
+        }
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}, record
+
+    def save(self, path: Path) -> None:
+        """The whole state, so that going on gives the same numbers (on the CPU).
+
+        A state that is not finite is none to go on from; the last one stays.
+        """
+        if finite(self.field):
+            save_state(path, *self.state())
 
     def resume(self, path: Path) -> bool:
         """Take up a saved state; False where there is none."""
         found = load_state(path)
         if found is None:
             return False
-        tensors, record = found
-        volume = {"base.volume": self.field.base.volume}
-        self.field.load_state_dict(_part(tensors, "field.") | volume)
-        self.best_state = {
-            k: v.to(self.device) for k, v in _part(tensors, "best.").items()
-        } | volume
+        self.restore(*found)
+        return True
+
+    def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.field.load_state_dict(_part(tensors, "field.") | self._base)
+        self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()}
         adam: dict[int, dict[str, Any]] = {}
         for name, value in _part(tensors, "adam.").items():
             index, key = name.split(".", 1)
-            adam.setdefault(int(index), {})[key] = value
+            adam.setdefault(int(index), {})[key] = value.clone()
         state = self.optimiser.state_dict()
         self.optimiser.load_state_dict({**state, "state": adam})
         self.random.set_state(tensors["random"])
         self.order = tensors["order"]
-        self.step, self.best, self.history = record["step"], record["best"], record["history"]
-        return True
+        self.step, self.best = record["step"], record["best"]
+        self.history = {name: list(values) for name, values in record["history"].items()}
+        self.pieces.count = max(self.pieces.count, record["pieces"])
+        self.retreat = Retreat(*record["retreat"])
+
+    @property
+    def _base(self) -> dict[str, Tensor]:
+        return {"base.volume": self.field.base.volume}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

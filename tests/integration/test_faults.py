@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,27 @@ def test_claims_end_with_their_process(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_removed_when_they_are_old(tmp_path: Path) -> None:
-    old, young = tmp_path / "sub-01" / ".17.a.json", tmp_path / ".18.b.html"
-    kept = tmp_path / ".bidsignore"
+    nobody = 2**22 + 17  # beyond the largest number of a process
+    old, young = tmp_path / "sub-01" / f".{nobody}.a.json", tmp_path / f".{nobody}.b.html"
+    kept, probe = tmp_path / ".bidsignore", tmp_path / f".irem-bids-{'0' * 32}"
     old.parent.mkdir()
-    for path in (old, young, kept):
+    for path in (old, young, kept, probe):
         path.touch()
         os.utime(path, (1, 1))
     os.utime(young)
     claims.sweep(tmp_path)
-    assert (old.exists(), young.exists(), kept.exists()) == (False, True, True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted([".bidsignore", young.name,
+                                                                  "sub-01"])  # fmt: skip
+
+
+def test_a_clock_that_was_set_costs_no_file_of_a_living_run(tmp_path: Path) -> None:
+    living = tmp_path / f".{os.getpid()}.being-written.json"
+    ahead = tmp_path / f".{2**22 + 17}.written-before-the-clock-went-back.json"
+    for path, moment in ((living, 1.0), (ahead, time.time() + 1e6)):
+        path.touch()
+        os.utime(path, (moment, moment))
+    claims.sweep(tmp_path)
+    assert living.exists() and ahead.exists()
 
 
 def test_space_is_asked_for_before_the_run(
@@ -180,6 +193,8 @@ def test_space_is_asked_for_before_the_run(
         (OSError(28, "No space left on device"), True),
         (OSError(122, "Disk quota exceeded"), True),
         (OSError(116, "Stale file handle"), True),
+        (OSError(107, "Transport endpoint is not connected"), True),
+        (OSError(27, "File too large"), True),
         (OSError(2, "No such file or directory"), False),
         (RuntimeError("I/O error: No space left on device (os error 28)"), True),
         (KeyError("x"), False),

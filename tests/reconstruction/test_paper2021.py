@@ -239,7 +239,7 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path, monkeypatch, kill_at
         fit_paper(points, values, SMALL, **common)
     monkeypatch.setattr(paper2021._Training, "step", step)
     with safe_open(tmp_path / paper2021.CHECKPOINT, framework="pt") as file:
-        assert f'"steps": {kill_at}' in file.metadata()["state"]
+        assert f'"steps": {kill_at}' in file.metadata()["record"]
     resumed, resumed_history = fit_paper(points, values, SMALL, **common)
     assert resumed_history == history
     for name, value in whole.state_dict().items():
