@@ -25,6 +25,7 @@ from torch import Tensor
 from ..settings import Acquisition
 from . import operator_cpu, operator_torch
 from .geometry import Grid, RigidTransform
+from .lattice import Lattice, Taps
 from .stack import Stack
 
 FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))  # of a Gaussian, in standard deviations
@@ -145,6 +146,21 @@ def quadrature(acquisition: Acquisition, thickness: float, step: float) -> Quadr
     return profile_quadrature(acquisition.profile, thickness, step)
 
 
+def _shared_nodes(
+    acquisition: Acquisition, thickness: float, spacing: float, limit: float
+) -> tuple[Quadrature, int]:
+    """A quadrature whose step, ``limit`` at most, is the ``spacing`` over a whole number: then
+    neighbouring slices share nodes.  Returns it and that number."""
+    fine = max(1, math.ceil(spacing / limit - 1e-3))
+    found = quadrature(acquisition, thickness, spacing / fine)
+    if len(found.offsets) > 1:
+        step = float(found.offsets[1] - found.offsets[0])
+        if step < 0.999 * spacing / fine:  # a narrow profile asks for a finer one
+            fine = math.ceil(spacing / step - 1e-3)
+            found = quadrature(acquisition, thickness, spacing / fine)
+    return found, fine
+
+
 def training_quadrature(acquisition: Acquisition, thickness: float) -> Quadrature:
     """About ``profile_points`` nodes through a profile, for batches of single voxels."""
     points = acquisition.profile_points
@@ -260,6 +276,8 @@ class StackModel:
         (K, 4, 4) scanner space to reference space, one per slice.
     width
         True width of the profile over the one that was asked for.
+    pivot
+        (3,) mean of the moved voxel centres, reference space, mm.
     normal
         (3,) of the slices, scanner space.
     """
@@ -291,13 +309,16 @@ class StackModel:
         self.poses = np.repeat(np.eye(4)[None], self.slices, axis=0)
         self.width = 1.0
         self._rows: operator_torch.DeviceRows | None = None
+        self._shape = stack.grid.shape
+        self._lattice: Lattice | None = None
         self.set_poses(RigidTransform())
 
     def _taps(self, stack: Stack, acquisition: Acquisition) -> None:
         """(T, 3) offsets in mm along the stack's axes: in plane, and through it; weights."""
         voxel = float(self.grid.voxel_size.min())
-        profile = quadrature(acquisition, stack.slice_thickness, STEP * voxel)
-        sizes, parts = stack.grid.voxel_size, []
+        spacing = float(stack.grid.voxel_size[stack.slice_axis])
+        profile, fine = _shared_nodes(acquisition, stack.slice_thickness, spacing, STEP * voxel)
+        sizes, parts, coarse = stack.grid.voxel_size, [], [1, 1, 1]
         for axis in range(3):
             if axis == stack.slice_axis:
                 parts.append(profile.offsets)
@@ -306,6 +327,7 @@ class StackModel:
             if acquisition.profile != "none":
                 count = max(1, math.floor(float(sizes[axis]) / voxel + 0.5))
             parts.append(((np.arange(count) + 0.5) / count - 0.5) * sizes[axis])
+            coarse[axis] = count
         taps = np.stack(np.meshgrid(*parts, indexing="ij"), axis=-1)
         shape = [1, 1, 1]
         shape[stack.slice_axis] = -1
@@ -318,6 +340,8 @@ class StackModel:
         self._weights = np.ascontiguousarray(weights.ravel() / weights.sum(), np.float32)
         self._axis = stack.slice_axis
         self.normal = directions[:, stack.slice_axis]
+        thin = np.ascontiguousarray(profile.weights / profile.weights.sum(), np.float32)
+        self._lattice_taps = Taps(fine, (coarse[0], coarse[1], coarse[2]), thin)
 
     def set_poses(
         self, poses: RigidTransform | NDArray[np.float64], width: float | None = None
@@ -339,13 +363,17 @@ class StackModel:
             through.astype(np.float32),
             self._weights,
         )
+        if self._lattice is not None:
+            self._lattice.place(self.rows.maps[0])
         points = np.empty((len(self.index), 3), np.float32)
         where = self.poses @ self._affine
         for k in range(self.slices):
             part = slice(self.starts[k], self.starts[k + 1])
             moved = self.index[part] @ where[k, :3, :3].T + where[k, :3, 3]
             points[part] = bias_positions(moved, self.grid.centre)
-        self.voxels = points
+        self.voxels, self.pivot = points, np.array(self.grid.centre)
+        if len(points):
+            self.pivot += points.mean(axis=0, dtype=np.float64) * 100.0
         if self._rows is not None:
             self._rows.place(self.rows)
 
@@ -354,22 +382,47 @@ class StackModel:
             self._rows = operator_torch.DeviceRows(self.rows, self.device)
         return self._rows
 
+    def _as_lattice(self) -> Lattice | None:
+        """The stack's lattice, if it moves as a whole and that is less work."""
+        whole = (self.poses == self.poses[:1]).all() and self.width == 1.0
+        if not whole or not self._lattice_taps.worth_it(len(self.index), self._shape, self._axis):
+            return None
+        if self._lattice is None:
+            taps, matrix = self._lattice_taps, self.rows.maps[0]
+            self._lattice = Lattice(self.index, self._shape, self._axis, taps, matrix)
+        return self._lattice
+
     def forward(self, volume: Tensor) -> Tensor:
         """(X, Y, Z) to (N,), before the receiver."""
         if self.device.type != "cpu":
             return operator_torch.forward(volume, self._on_device())
-        image = np.ascontiguousarray(volume.numpy())
-        return torch.from_numpy(operator_cpu.forward(image, self.rows, torch.get_num_threads()))
+        image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
+        lattice = self._as_lattice()
+        if lattice is not None:
+            return torch.from_numpy(lattice.forward(image, threads))
+        return torch.from_numpy(operator_cpu.forward(image, self.rows, threads))
+
+    @property
+    def parts(self) -> int:
+        """Partial volumes that :meth:`add_adjoint` fills."""
+        return operator_cpu.BLOCKS if self.device.type == "cpu" else 1
+
+    def add_adjoint(self, values: Tensor, out: Tensor) -> None:
+        """Add the adjoint of (N,) to ``out`` (:attr:`parts`, X, Y, Z), spread over its parts."""
+        if self.device.type != "cpu":
+            out[0] += operator_torch.adjoint(values, self._on_device(), self.grid.shape)
+            return
+        lattice, threads = self._as_lattice(), torch.get_num_threads()
+        if lattice is not None:
+            lattice.adjoint(values.numpy(), out.numpy(), threads)
+        else:
+            operator_cpu.adjoint(values.numpy(), self.rows, out.numpy(), threads)
 
     def adjoint(self, values: Tensor) -> Tensor:
         """(N,) to (X, Y, Z), before the receiver."""
-        if self.device.type != "cpu":
-            return operator_torch.adjoint(values, self._on_device(), self.grid.shape)
-        return torch.from_numpy(
-            operator_cpu.adjoint(
-                values.numpy(), self.rows, self.grid.shape, torch.get_num_threads()
-            )
-        )
+        out = torch.zeros((self.parts, *self.grid.shape), device=self.device)
+        self.add_adjoint(values, out)
+        return out.sum(0)
 
     def derivatives(self, volume: Tensor) -> Tensor:
         """(N, 7): by rotation about :attr:`pivot` (rad, RAS+ axes), shift (mm), relative width.
@@ -383,13 +436,6 @@ class StackModel:
         found = operator_cpu.derivatives(image, self.rows, self.grid.affine, pivot, threads)
         found[:, 6] /= self.width
         return torch.from_numpy(found)
-
-    @property
-    def pivot(self) -> NDArray[np.float64]:
-        """(3,) mean of the moved voxel centres, reference space, mm."""
-        if not len(self.voxels):
-            return np.array(self.grid.centre)
-        return self.voxels.mean(axis=0, dtype=np.float64) * 100.0 + self.grid.centre
 
     @property
     def slice_of_row(self) -> NDArray[np.intp]:

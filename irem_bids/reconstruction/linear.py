@@ -6,19 +6,23 @@
 A_s is the forward model of stack s (:mod:`.acquisition`), G_s its gain times its smooth bias
 (:class:`Receiver`), W_s the weights of its rows, h the Huber-like sqrt(t^2 + delta^2).  Solved
 by iteratively reweighted least squares with preconditioned conjugate gradients (Ebner et al.
-2020 use the same terms).  Poses and receivers are refined in :mod:`.refine`.
+2020 use the same terms).  Poses and receivers are refined in :mod:`.refine`; the vector work
+stands in :mod:`.solver_cpu` and :mod:`.solver_torch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import solver_cpu, solver_torch
 from .acquisition import Receiver, StackModel
 from .geometry import Grid
 
@@ -73,6 +77,33 @@ class System:
             out.append(confidence * each * model.counts)
         return out
 
+    @property
+    def kernels(self) -> ModuleType:
+        """The solver's vector work on the domain's device."""
+        return solver_cpu if self.domain.device.type == "cpu" else solver_torch
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """The domain as the kernels take it."""
+        found: Tensor = self.kernels.spans(self.domain)
+        return found
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """(X, Y, Z) about that of A^T W A, with the weights at its first use; huge outside the
+        domain.  It only preconditions, so that weights may change afterwards."""
+        parts = self.empty_parts()
+        for model, factor, weight in zip(self.models, self.factors(), self.weights(), strict=True):
+            model.add_adjoint(_mean_weight(model) * weight * factor * factor, parts)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total.masked_fill_(self.domain == 0, 1e30)
+
+    def empty_parts(self) -> Tensor:
+        """(P, X, Y, Z) zeros for :meth:`.StackModel.add_adjoint`."""
+        return torch.zeros((self.models[0].parts, *self.grid.shape), device=self.domain.device)
+
     def residuals(self, volume: Tensor) -> list[Tensor]:
         """Per stack (N,): acquired minus predicted."""
         return [
@@ -94,54 +125,66 @@ class Metric:
         return image if self.offset is None else image + self.offset
 
 
-def huber_weights(volume: Tensor, width: float) -> Tensor:
-    """(X, Y, Z) 1 / sqrt(|forward difference|^2 + width^2)."""
-    total = torch.full_like(volume, width**2)
-    for axis in range(3):
-        step = volume.diff(dim=axis)
-        total.narrow(axis, 0, step.shape[axis]).add_(step * step)
-    return total.rsqrt_()
+class _Descent:
+    """Preconditioned conjugate gradients on the system's normal equations.
 
+    The gradient of the data's part is kept when the penalty's weights change, so that one
+    iteration, the first of all included, costs one forward and one adjoint look-up a stack.
+    """
 
-def penalty_gradient(volume: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of 1/2 sum weights |forward difference|^2: a weighted negative Laplacian."""
-    out = torch.zeros_like(volume)
-    for axis in range(3):
-        size = volume.shape[axis] - 1
-        flow = volume.diff(dim=axis)
-        flow *= weights.narrow(axis, 0, size)
-        out.narrow(axis, 0, size).sub_(flow)
-        out.narrow(axis, 1, size).add_(flow)
-    return out
+    def __init__(
+        self, system: System, start: Tensor, prior: Prior, metrics: Sequence[Metric]
+    ) -> None:
+        self.kernels, self.where, self.prior = system.kernels, system.spans, prior
+        self.terms = list(zip(system.models, system.factors(), metrics, strict=True))
+        self.diagonal, self.parts = system.diagonal, system.empty_parts()
+        self.volume = start.clone()
+        self.edges, self.inverse = torch.empty_like(start), torch.zeros_like(start)
+        self.residual, self.direction = torch.zeros_like(start), torch.zeros_like(start)
+        for model, factor, metric in self.terms:
+            rest = metric.target(model.values - factor * model.forward(start))
+            model.add_adjoint(-(factor * rest), self.parts)
+        self._weigh()
+        self.kernels.normal(self.volume, self.edges, self.parts, self.where)
+        self.product = self._move(0.0, 1.0)
 
+    def _weigh(self) -> None:
+        penalty = (self.prior.weight, self.prior.width)
+        given = (self.volume, self.diagonal, self.where, penalty)
+        self.kernels.reweight(*given, self.edges, self.inverse)
 
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    target: Tensor,
-    start: Tensor,
-    inverse_diagonal: Tensor,
-    iterations: int,
-) -> Tensor:
-    """Preconditioned CG on ``apply(x) = target`` from ``start``; stops at 1e-5 of the residual."""
-    x = start.clone()
-    residual = target - apply(x)
-    z = inverse_diagonal * residual
-    direction = z.clone()
-    product = torch.sum(residual * z, dtype=torch.float64)
-    limit = product * 1e-10
-    for _ in range(iterations):
-        image = apply(direction)
-        curvature = torch.sum(direction * image, dtype=torch.float64)
-        if curvature <= 0 or product <= limit:
-            break
-        step = (product / curvature).float()
-        x += step * direction
-        residual -= step * image
-        z = inverse_diagonal * residual
-        new = torch.sum(residual * z, dtype=torch.float64)
-        direction = z + (new / product).float() * direction
-        product = new
-    return x
+    def _move(self, along: float, against: float) -> float:
+        vectors = (self.volume, self.direction, self.residual, self.parts[0], self.inverse)
+        product: float = self.kernels.descend(*vectors, self.where, (along, against))
+        return product
+
+    def reweight(self) -> None:
+        """Take the penalty's weights about the present volume."""
+        given = (self.volume, self.edges, self.parts, self.where)
+        self.kernels.normal(*given)
+        self._move(0.0, -1.0)
+        self._weigh()
+        self.kernels.normal(*given)
+        self.product = self._move(0.0, 1.0)
+
+    def run(self, iterations: int) -> None:
+        """Iterations from the steepest descent on; stops at 1e-5 of the residual."""
+        vectors = (self.direction, self.residual, self.inverse, self.where)
+        self.kernels.turn(*vectors, 0.0)
+        limit = self.product * 1e-10
+        for _ in range(iterations):
+            if self.product <= limit:
+                break
+            for model, factor, metric in self.terms:
+                image = metric.apply(factor * model.forward(self.direction))
+                model.add_adjoint(factor * image, self.parts)
+            curvature = self.kernels.normal(self.direction, self.edges, self.parts, self.where)
+            if curvature <= 0:
+                self.parts.zero_()
+                break
+            step, product = self.product / curvature, self.product
+            self.product = self._move(step, step)
+            self.kernels.turn(*vectors, self.product / product)
 
 
 def solve(
@@ -158,32 +201,16 @@ def solve(
 
     ``metrics``: per stack, in place of its row weights (:mod:`.refine`).
     """
-    domain = system.domain
-    weights = system.weights()
-    metrics = metrics or [Metric(lambda r, w=w: w * r) for w in weights]  # type: ignore[misc]
-    parts = list(zip(system.models, system.factors(), metrics, strict=True))
-    target, diagonal = torch.zeros_like(start), torch.zeros_like(start)
-    for (model, factor, metric), weight in zip(parts, weights, strict=True):
-        target += model.adjoint(factor * metric.target(model.values))
-        diagonal += model.adjoint(weight * factor * factor) * _mean_weight(model)
-    target *= domain
-    volume = start
-    per_round = max(1, iterations // reweightings)
+    if metrics is None:
+        metrics = [Metric(lambda r, w=w: w * r) for w in system.weights()]  # type: ignore[misc]
+    descent = _Descent(system, start, prior, metrics)
     for turn in range(reweightings):
-        edges = huber_weights(volume, prior.width) * prior.weight
-
-        def normal(x: Tensor, edges: Tensor = edges) -> Tensor:
-            out = penalty_gradient(x, edges)
-            for model, factor, metric in parts:
-                out += model.adjoint(factor * metric.apply(factor * model.forward(x)))
-            return out.mul_(domain)
-
-        scale = diagonal + 6 * edges
-        inverse = torch.where(scale > 1e-6, 1 / scale.clamp_min(1e-6), torch.zeros_like(scale))
-        volume = conjugate_gradients(normal, target, volume, inverse, per_round)
+        if turn:
+            descent.reweight()
+        descent.run(max(1, iterations // reweightings))
         if progress:
             progress((turn + 1) / reweightings)
-    return volume
+    return descent.volume
 
 
 def _mean_weight(model: StackModel) -> float:

@@ -21,95 +21,147 @@ if TYPE_CHECKING:
     from .acquisition import Rows
 
 BLOCKS = 2
-_compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
+compiled: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
 
-@_compiled
+@compiled
+def edge_value(volume: Any, sizes: Any, x: Any, y: Any, z: Any) -> Any:
+    """Trilinear in a flat volume, 0 outside of it."""
+    nx, ny, nz = sizes
+    total = np.float32(0)
+    if -1 < x < nx and -1 < y < ny and -1 < z < nz:
+        i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
+        u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+        for corner in range(8):
+            a, b, c = corner >> 2, corner >> 1 & 1, corner & 1
+            if 0 <= i + a < nx and 0 <= j + b < ny and 0 <= k + c < nz:
+                f = (u if a else 1 - u) * (v if b else 1 - v) * (w if c else 1 - w)
+                total += f * volume[((i + a) * ny + j + b) * nz + k + c]
+    return total
+
+
+@compiled
+def edge_spread(out: Any, sizes: Any, x: Any, y: Any, z: Any, value: Any) -> None:
+    """Adjoint of :func:`edge_value`."""
+    nx, ny, nz = sizes
+    if -1 < x < nx and -1 < y < ny and -1 < z < nz:
+        i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
+        u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+        for corner in range(8):
+            a, b, c = corner >> 2, corner >> 1 & 1, corner & 1
+            if 0 <= i + a < nx and 0 <= j + b < ny and 0 <= k + c < nz:
+                f = (u if a else 1 - u) * (v if b else 1 - v) * (w if c else 1 - w)
+                out[((i + a) * ny + j + b) * nz + k + c] += f * value
+
+
+@compiled
+def value_at(volume: Any, ny: Any, nz: Any, x: Any, y: Any, z: Any) -> Any:
+    """Trilinear in a flat volume at float32 indices whose eight neighbours are all in it."""
+    i, j, k = np.int32(x), np.int32(y), np.int32(z)
+    u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(k)
+    at, one = np.uint64((i * ny + j) * nz + k), np.uint64(1)  # unsigned: no wrapping round
+    below, right = at + np.uint64(nz), at + np.uint64(ny * nz)
+    corner = right + np.uint64(nz)
+    p = volume[at] + w * (volume[at + one] - volume[at])
+    q = volume[below] + w * (volume[below + one] - volume[below])
+    r = volume[right] + w * (volume[right + one] - volume[right])
+    s = volume[corner] + w * (volume[corner + one] - volume[corner])
+    p += v * (q - p)
+    r += v * (s - r)
+    return p + u * (r - p)
+
+
+@compiled
+def spread_at(out: Any, ny: Any, nz: Any, x: Any, y: Any, z: Any, value: Any) -> None:
+    """Adjoint of :func:`value_at`."""
+    i, j, k = np.int32(x), np.int32(y), np.int32(z)
+    u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(k)
+    at, one = np.uint64((i * ny + j) * nz + k), np.uint64(1)
+    below, right = at + np.uint64(nz), at + np.uint64(ny * nz)
+    corner = right + np.uint64(nz)
+    far = value * u
+    near = value - far
+    q, s = near * v, far * v
+    p, r = near - q, far - s
+    a, b, c, d = p * w, q * w, r * w, s * w
+    out[at] += p - a
+    out[at + one] += a
+    out[below] += q - b
+    out[below + one] += b
+    out[right] += r - c
+    out[right + one] += c
+    out[corner] += s - d
+    out[corner + one] += d
+
+
+@compiled
+def _centre(index: Any, m: Any, n: Any) -> tuple[float, float, float]:
+    a, b, c = float(index[n, 0]), float(index[n, 1]), float(index[n, 2])
+    return (
+        m[0, 0] * a + m[0, 1] * b + m[0, 2] * c + m[0, 3],
+        m[1, 0] * a + m[1, 1] * b + m[1, 2] * c + m[1, 3],
+        m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3],
+    )
+
+
+@compiled
+def _inside(sizes: Any, bounds: Any, x: float, y: float, z: float) -> bool:
+    """Whether all taps about a centre have their eight neighbours in the volume."""
+    return (
+        x + bounds[0, 0] >= 0 and x + bounds[1, 0] < sizes[0] - 1
+        and y + bounds[0, 1] >= 0 and y + bounds[1, 1] < sizes[1] - 1
+        and z + bounds[0, 2] >= 0 and z + bounds[1, 2] < sizes[2] - 1
+    )  # fmt: skip
+
+
+@compiled
 def _forward(
-    volume: Any, index: Any, axis: int, maps: Any, steps: Any, weights: Any, out: Any, ends: Any
-) -> None:
-    nx, ny, nz = volume.shape
+    volume: Any, sizes: Any, index: Any, axis: int, maps: Any, steps: Any, bounds: Any,
+    weights: Any, out: Any, ends: Any,
+) -> None:  # fmt: skip
+    ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
     for n in range(ends[0], ends[1]):
         k = index[n, axis]
-        m, d = maps[k], steps[k]
-        a, b, c = float(index[n, 0]), float(index[n, 1]), float(index[n, 2])
-        px = m[0, 0] * a + m[0, 1] * b + m[0, 2] * c + m[0, 3]
-        py = m[1, 0] * a + m[1, 1] * b + m[1, 2] * c + m[1, 3]
-        pz = m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3]
+        d = steps[k]
+        px, py, pz = _centre(index, maps[k], n)
         total = np.float32(0)
-        for t in range(len(weights)):
-            x, y, z = px + d[t, 0], py + d[t, 1], pz + d[t, 2]
-            if not (-1 < x < nx and -1 < y < ny and -1 < z < nz):
-                continue
-            i, j, o = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
-            u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - o)
-            if i >= 0 and j >= 0 and o >= 0 and i < nx - 1 and j < ny - 1 and o < nz - 1:
-                p = volume[i, j, o] + w * (volume[i, j, o + 1] - volume[i, j, o])
-                q = volume[i, j + 1, o] + w * (volume[i, j + 1, o + 1] - volume[i, j + 1, o])
-                r = volume[i + 1, j, o] + w * (volume[i + 1, j, o + 1] - volume[i + 1, j, o])
-                s = volume[i + 1, j + 1, o] + w * (
-                    volume[i + 1, j + 1, o + 1] - volume[i + 1, j + 1, o]
-                )
-                p += v * (q - p)
-                r += v * (s - r)
-                total += weights[t] * (p + u * (r - p))
-            else:
-                for corner in range(8):
-                    ci, cj, cl = i + (corner >> 2), j + (corner >> 1 & 1), o + (corner & 1)
-                    if 0 <= ci < nx and 0 <= cj < ny and 0 <= cl < nz:
-                        f = u if corner >> 2 else 1 - u
-                        f *= v if corner >> 1 & 1 else 1 - v
-                        f *= w if corner & 1 else 1 - w
-                        total += weights[t] * f * volume[ci, cj, cl]
+        if _inside(sizes, bounds[k], px, py, pz):
+            fx, fy, fz = np.float32(px), np.float32(py), np.float32(pz)
+            for t in range(len(weights)):
+                value = value_at(volume, ny, nz, fx + d[0, t], fy + d[1, t], fz + d[2, t])
+                total += weights[t] * value
+        else:
+            for t in range(len(weights)):
+                x, y, z = px + d[0, t], py + d[1, t], pz + d[2, t]
+                total += weights[t] * edge_value(volume, sizes, x, y, z)
         out[n] = total
 
 
-@_compiled
+@compiled
 def _adjoint(
-    values: Any, index: Any, axis: int, maps: Any, steps: Any, weights: Any, out: Any, ends: Any
-) -> None:
-    nx, ny, nz = out.shape
+    values: Any, sizes: Any, index: Any, axis: int, maps: Any, steps: Any, bounds: Any,
+    weights: Any, out: Any, ends: Any,
+) -> None:  # fmt: skip
+    ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
     for n in range(ends[0], ends[1]):
         value = values[n]
         if value == 0:
             continue
         k = index[n, axis]
-        m, d = maps[k], steps[k]
-        a, b, c = float(index[n, 0]), float(index[n, 1]), float(index[n, 2])
-        px = m[0, 0] * a + m[0, 1] * b + m[0, 2] * c + m[0, 3]
-        py = m[1, 0] * a + m[1, 1] * b + m[1, 2] * c + m[1, 3]
-        pz = m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3]
-        for t in range(len(weights)):
-            x, y, z = px + d[t, 0], py + d[t, 1], pz + d[t, 2]
-            if not (-1 < x < nx and -1 < y < ny and -1 < z < nz):
-                continue
-            i, j, o = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
-            u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - o)
-            g = weights[t] * value
-            if i >= 0 and j >= 0 and o >= 0 and i < nx - 1 and j < ny - 1 and o < nz - 1:
-                right = g * u
-                left = g - right
-                p, q = left * (1 - v), left * v
-                r, s = right * (1 - v), right * v
-                out[i, j, o] += p * (1 - w)
-                out[i, j, o + 1] += p * w
-                out[i, j + 1, o] += q * (1 - w)
-                out[i, j + 1, o + 1] += q * w
-                out[i + 1, j, o] += r * (1 - w)
-                out[i + 1, j, o + 1] += r * w
-                out[i + 1, j + 1, o] += s * (1 - w)
-                out[i + 1, j + 1, o + 1] += s * w
-            else:
-                for corner in range(8):
-                    ci, cj, cl = i + (corner >> 2), j + (corner >> 1 & 1), o + (corner & 1)
-                    if 0 <= ci < nx and 0 <= cj < ny and 0 <= cl < nz:
-                        f = u if corner >> 2 else 1 - u
-                        f *= v if corner >> 1 & 1 else 1 - v
-                        f *= w if corner & 1 else 1 - w
-                        out[ci, cj, cl] += g * f
+        d = steps[k]
+        px, py, pz = _centre(index, maps[k], n)
+        if _inside(sizes, bounds[k], px, py, pz):
+            fx, fy, fz = np.float32(px), np.float32(py), np.float32(pz)
+            for t in range(len(weights)):
+                g = weights[t] * value
+                spread_at(out, ny, nz, fx + d[0, t], fy + d[1, t], fz + d[2, t], g)
+        else:
+            for t in range(len(weights)):
+                x, y, z = px + d[0, t], py + d[1, t], pz + d[2, t]
+                edge_spread(out, sizes, x, y, z, weights[t] * value)
 
 
-@_compiled
+@compiled
 def _derivatives(
     volume: Any, index: Any, axis: int, maps: Any, steps: Any, through: Any, weights: Any,
     affine: Any, inverse: Any, pivot: Any, out: Any, ends: Any,
@@ -175,7 +227,8 @@ def _derivatives(
         out[n, 6] = width
 
 
-def _in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]], None]) -> None:
+def in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]], None]) -> None:
+    """``work(block, (first, end))`` for each of ``BLOCKS`` parts of ``range(count)``."""
     edges = np.linspace(0, count, BLOCKS + 1).astype(np.int64)
     pairs = [np.array(pair) for pair in itertools.pairwise(edges)]
     if threads <= 1:
@@ -187,26 +240,30 @@ def _in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]]
             done.result()
 
 
+def _arguments(rows: Rows, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """What both loops take; ``bounds`` (K, 2, 3) are those of the taps about their centre."""
+    slack = 1e-3  # for positions that are rounded to float32
+    bounds = np.stack([rows.steps.min(1) - slack, rows.steps.max(1) + slack], axis=1)
+    steps = np.ascontiguousarray(rows.steps.transpose(0, 2, 1))
+    return np.array(shape), rows.index, rows.axis, rows.maps, steps, bounds, rows.weights
+
+
 def forward(volume: NDArray[np.float32], rows: Rows, threads: int) -> NDArray[np.float32]:
     """Volume (X, Y, Z) to predicted rows (N,)."""
     out = np.empty(len(rows.index), np.float32)
-    shared = (rows.index, rows.axis, rows.maps, rows.steps, rows.weights)
-    _in_blocks(len(out), threads, lambda _, ends: _forward(volume, *shared, out, ends))
+    shared, flat = _arguments(rows, volume.shape), volume.reshape(-1)
+    in_blocks(len(out), threads, lambda _, ends: _forward(flat, *shared, out, ends))
     return out
 
 
 def adjoint(
-    values: NDArray[np.float32], rows: Rows, shape: tuple[int, ...], threads: int
-) -> NDArray[np.float32]:
-    """Rows (N,) to volume (X, Y, Z), the exact adjoint of :func:`forward`."""
-    out = np.zeros((BLOCKS, *shape), np.float32)
-    shared = (rows.index, rows.axis, rows.maps, rows.steps, rows.weights)
+    values: NDArray[np.float32], rows: Rows, out: NDArray[np.float32], threads: int
+) -> None:
+    """Add rows (N,) to the partial volumes ``out`` (BLOCKS, X, Y, Z), whose sum is the exact
+    adjoint of :func:`forward`."""
+    shared, parts = _arguments(rows, out.shape[1:]), out.reshape(BLOCKS, -1)
     values = np.ascontiguousarray(values)
-    _in_blocks(len(values), threads, lambda b, ends: _adjoint(values, *shared, out[b], ends))
-    total: NDArray[np.float32] = out[0]
-    for part in out[1:]:
-        total += part
-    return total
+    in_blocks(len(values), threads, lambda b, ends: _adjoint(values, *shared, parts[b], ends))
 
 
 def derivatives(
@@ -222,7 +279,7 @@ def derivatives(
     matrix = np.ascontiguousarray(affine[:3, :3])
     shared = (rows.index, rows.axis, rows.maps, rows.steps, rows.through, rows.weights)
     inverse = np.linalg.inv(matrix)
-    _in_blocks(
+    in_blocks(
         len(out),
         threads,
         lambda _, ends: _derivatives(volume, *shared, matrix, inverse, pivot, out, ends),

@@ -186,19 +186,17 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
     variance = np.maximum(noise, 1e-4) ** 2
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
-    system = System(
+    parts = torch.zeros((models[0].parts, *grid.shape), device=job.device)
+    for model in models:
+        model.add_adjoint(torch.ones_like(model.values), parts)
+    return System(
         models,
         list(state.receivers),
         [float(c) for c in confidence],
         [np.array(w) for w in state.slice_weights],
-        torch.empty(0),
+        (parts.sum(0) > 1e-3).float(),
         prepared.reference,
     )
-    seen = torch.zeros(grid.shape, device=job.device)
-    for model in models:
-        seen += model.adjoint(torch.ones_like(model.values))
-    system.domain = (seen > 1e-3).float()
-    return system
 
 
 class Prediction:

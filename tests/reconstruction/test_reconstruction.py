@@ -14,12 +14,12 @@ from scipy.spatial import cKDTree
 from irem_bids.reconstruction.baselines import bspline, resample_stack, without
 from irem_bids.reconstruction.fields import GridField, ModelError, ResidualField, load_model
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
-from irem_bids.reconstruction.linear import huber_weights, penalty_gradient
 from irem_bids.reconstruction.metrics import psnr
 from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, cropped, head_mask, output_grid, prepare
 from irem_bids.reconstruction.sample import sample
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, bias_field, simulate
+from irem_bids.reconstruction.solver_torch import huber_weights, penalty_gradient
 from irem_bids.reconstruction.stack import ImageError, Stack
 from irem_bids.settings import Settings
 from tests.phantom import head
