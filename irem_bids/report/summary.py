@@ -59,7 +59,9 @@ def check(material: Material) -> list[Finding]:
 
 def _without_repeats(material: Material, found: list[Finding]) -> list[Finding]:
     """The findings less the warnings that another finding repeats about the same thing."""
-    about = {Path(s.path).name: (Path(s.path).name, s.label) for s in material.inp.group.stacks}
+    about: dict[str, tuple[str, ...]] = {
+        Path(s.path).name: (Path(s.path).name, s.label) for s in material.inp.group.stacks
+    }
     about |= {name: (name,) for name in material.methods}
 
     def repeated(warning: Finding) -> bool:
