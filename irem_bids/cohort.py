@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import shutil
 import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .config import settings_to_toml
 from .engine import choose_plugin, configure, environment, quieten_nipype, started_plugin
 from .exitcodes import ExitCode, UserError
 from .groups import Group
+from .outcomes import Outcome, damaged_groups, outcome_of, tell
 from .pages import run_group
 from .products import Result
 from .resources import Resources, resolve
@@ -38,17 +38,6 @@ PACKAGES = (
     "torch", "nipype", "pybids", "niworkflows", "nireports", "nilearn", "nibabel", "SimpleITK",
     "numpy", "scipy", "pandas",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a group: ``done``, ``skipped`` or ``failed``, and why."""
-
-    name: str
-    status: str
-    cause: str = ""
-    code: int = int(ExitCode.SUCCESS)
-    errors: tuple[dict[str, Any], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -255,64 +244,12 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
 
 
 # ------------------------------------------------------------------- what came of it
-def outcome_of(
-    group: Group, place: Any, fault: BaseException | None, stopped: bool = False
-) -> Outcome:
-    """Done if its last step left a result in this run, else failed with the first cause."""
-    folder = place.group_folder(group)
-    failures = [_failure(path) for path in sorted(folder.glob("*/failure.json"))]
-    if failures:
-        first = failures[0]
-        cause = f"{first['step']}: {first['message']}"
-        codes = {failure["code"] for failure in failures}
-        code = codes.pop() if len(codes) == 1 else int(ExitCode.FAILURE)
-        return Outcome(group.name, "failed", cause, code, tuple(failures))
-    if saved_in(folder, place.provenance["run"]):
-        return Outcome(group.name, "done")
-    if fault is None:
-        cause = "not finished: the plugin returned before it had run (an asynchronous plugin?)"
-    elif stopped:
-        cause = "not finished: --stop-on-first-crash, and another step failed"
-    else:
-        words = str(fault).strip().splitlines() or [type(fault).__name__]
-        cause = f"a step ended without a message (killed? out of memory?): {words[-1]}"
-    error = {"step": "run", "message": cause, "traceback": ""}
-    return Outcome(group.name, "failed", cause, int(ExitCode.FAILURE), (error,))
-
-
-def _failure(path: Path) -> dict[str, Any]:
-    """What a step left of its failure; a full disk may have cut it."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        code = int(ExitCode.FAILURE)
-        return {"step": path.parent.name, "message": f"{error}", "code": code, "traceback": ""}
-
-
-def damaged_groups(discovery: Discovery) -> list[Outcome]:
-    """Groups that damaged images leave too small: failures; what never was a group is none."""
-    return [
-        Outcome(rejected.name, "failed", f"{rejected.reason}: {rejected.damage}",
-                int(ExitCode.BAD_DATA))
-        for rejected in discovery.excluded
-        if rejected.damage
-    ]  # fmt: skip
-
-
 def _with_space(outcome: Outcome, group: Group, run: Run) -> Outcome:
     """An outcome whose cause is the disk says how much there is and how much it takes."""
     if outcome.status != "failed" or not space.is_storage(outcome.cause):
         return outcome
     words = space.told([group], run.settings, run.output_dir, run.work_dir)
     return replace(outcome, cause=f"{outcome.cause}; {words}", code=int(ExitCode.IO_ERROR))
-
-
-def saved_in(folder: Path, run_name: str) -> bool:
-    """The step 'save' has ended in the run of this name."""
-    try:
-        return (folder / "save" / "saved.txt").read_text() == run_name
-    except OSError:
-        return False
 
 
 def report_failure(group: Group, outcome: Outcome, place: Any, settings: Settings) -> None:
@@ -368,23 +305,7 @@ def close_run(outcomes: Sequence[Outcome], run: Run) -> ExitCode:
     if rows:
         write_text(run.logs / f"{run.name}_groups.tsv", table_text(rows))
     write_citation(run)
-    width = max((len(o.name) for o in outcomes), default=0)
-    for outcome in outcomes:
-        level = logging.ERROR if outcome.status == "failed" else logging.INFO
-        text = f"{outcome.name:<{width}}  {outcome.status:<7}  {outcome.cause}".rstrip()
-        LOG.log(level, "%s", text)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    counts = ", ".join(
-        f"{sum(o.status == status for o in outcomes)} {status}"
-        for status in ("done", "skipped", "failed")
-    )
-    LOG.info("%s; output in %s", counts, run.output_dir)
-    if not failed:
-        return ExitCode.SUCCESS
-    codes = {outcome.code for outcome in failed}
-    if len(codes) == 1 and len(failed) == len(outcomes):
-        return ExitCode(codes.pop())
-    return ExitCode.FAILURE
+    return tell(outcomes, run.output_dir)
 
 
 def write_citation(run: Run) -> None:

@@ -23,6 +23,20 @@ from .wording import number, plain
 
 OUTLIER = 3.5  # robust standard deviations from the median
 FEWEST = 5  # rows of a method for an outlier to be named
+#: Beginnings of names, and the least robust standard deviation that is believed: when all
+#: others agree by chance or by definition, a difference without weight is no outlier.
+LEAST_SPREAD = {
+    "held_out_psnr": 0.3,
+    "held_out_ncc": 0.002,
+    "ncc_": 0.002,
+    "self_consistency_": 0.002,
+    "residual_": 0.001,
+    "noise_": 0.001,
+    "gain_": 0.02,
+    "rotation_deg_": 0.5,
+    "translation_mm_": 0.5,
+}
+OF_REFERENCE = ("rotation_deg_", "translation_mm_")  # 0 says that the stack is the reference
 NAMED = 8  # outliers named below a plot
 DIGITS = 6  # significant, in the page; the TSV has the same
 IDENTITY = ("participant_id", "session_id", "suffix", "entities", "method")
@@ -149,14 +163,20 @@ def _metric(
     values = np.array([math.nan if v is None else float(v) for v in found])
     if not np.isfinite(values).any():
         return None
-    return Metric(column, values, outliers(values, methods))
+    judged = values
+    if column.name.startswith(OF_REFERENCE):
+        judged = np.where(np.abs(values) < 1e-6, math.nan, values)
+    least = next((v for k, v in LEAST_SPREAD.items() if column.name.startswith(k)), 0.0)
+    return Metric(column, values, outliers(judged, methods, least))
 
 
-def outliers(values: NDArray[np.float64], methods: Sequence[str]) -> dict[int, float]:
+def outliers(
+    values: NDArray[np.float64], methods: Sequence[str], least: float = 0.0
+) -> dict[int, float]:
     """Rows far from the median of their method, with how far.
 
     Far is more than :data:`OUTLIER` robust standard deviations (1.4826 median absolute
-    deviations).
+    deviations, but not below ``least``).
     """
     found: dict[int, float] = {}
     labels = np.array(methods)
@@ -165,7 +185,7 @@ def outliers(values: NDArray[np.float64], methods: Sequence[str]) -> dict[int, f
         if where.size < FEWEST:
             continue
         distance = np.abs(values[where] - np.median(values[where]))
-        spread = 1.4826 * float(np.median(distance))
+        spread = max(1.4826 * float(np.median(distance)), least)
         if spread > 1e-9 * max(1e-12, float(np.abs(values[where]).max())):
             scores = distance / spread
             found |= {int(i): float(s) for s, i in zip(scores, where, strict=True) if s > OUTLIER}

@@ -24,7 +24,7 @@ PSNR_DROP = 0.1  # dB
 TOLD = {
     "orientations": "orientation",
     "label": "its header says",
-    "thickness": "thick",
+    "thickness": "mm thick (sidecar)",
     "held-out": "are predicted worse",
 }
 
@@ -59,13 +59,13 @@ def check(material: Material) -> list[Finding]:
 
 def _without_repeats(material: Material, found: list[Finding]) -> list[Finding]:
     """The findings less the warnings that another finding repeats about the same thing."""
-    about: dict[str, tuple[str, ...]] = {
-        Path(s.path).name: (Path(s.path).name, s.label) for s in material.inp.group.stacks
-    }
-    about |= {name: (name,) for name in material.methods}
+    labels = {Path(stack.path).name: stack.label for stack in material.inp.group.stacks}
 
     def repeated(warning: Finding) -> bool:
-        names = about.get(warning.text.split(": ")[0], ("",))
+        name = warning.text.split(": ")[0]
+        if name not in (*labels, *material.methods):
+            name = ""  # about all of them
+        names = (name, labels.get(name, name))
         return warning.cause in ("discovery", "doubt") and any(
             TOLD[other.cause] in warning.text.lower() and any(n in other.text for n in names)
             for other in found

@@ -149,3 +149,21 @@ def test_two_thousand_participants_stay_small():
     ]
     html = group_page("T1w", rows, [Column(n, n) for n in rows[0]], [None] * 2000)
     assert len(html) < 5_000_000
+
+
+def test_a_difference_without_weight_is_no_outlier():
+    """A cohort that agrees by chance, and stacks that are the reference, hide no false alarm."""
+    rows = [
+        {"participant_id": f"sub-{i}", "method": "irem", "ncc_after": 0.998 + 1e-5 * (i % 3),
+         "translation_mm_axial1": 0.0 if i < 14 else 1.0 + 0.8 * (i % 5), "gain_axial1": 1.0}
+        for i in range(20)
+    ]  # fmt: skip
+    rows[4]["ncc_after"], rows[5]["gain_axial1"] = 0.996, 1.03
+    columns = [Column(name, name) for name in rows[0]]
+    page = Parsed(group_page("T1w", rows, columns, [None] * 20))
+    assert [m["outliers"] for m in page.data["metrics"]] == [[], [], []]
+    rows[4]["ncc_after"], rows[5]["gain_axial1"] = 0.98, 2.0
+    rows[16]["translation_mm_axial1"] = 25.0
+    page = Parsed(group_page("T1w", rows, columns, [None] * 20))
+    named = {page.data["columns"][m["column"]]["name"]: m["outliers"] for m in page.data["metrics"]}
+    assert named == {"ncc_after": [4], "gain_axial1": [5], "translation_mm_axial1": [16]}

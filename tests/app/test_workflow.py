@@ -73,7 +73,7 @@ def test_settings_reach_their_nodes_whole(tmp_path: Path) -> None:
     normalise, optimise = wf.get_node("normalise"), wf.get_node("optimise_irem")
     assert normalise.inputs.settings["normalise"]["n4"] is False
     assert optimise.inputs.settings["irem"]["hidden"] == 12
-    assert set(optimise.inputs.settings["run"]) == {"random_seed"}
+    assert set(optimise.inputs.settings["run"]) == {"random_seed", "deterministic"}
     assert Settings.from_dict(optimise.inputs.settings).irem == chosen.irem
     assert wf.get_node("save").inputs.settings == chosen.to_dict()
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ def make_pages(root: Path) -> list[Path]:
     """A report with a finding and an error text, and a group page with outliers."""
     out = root / "out"
     out.mkdir()
-    inp = with_uncertainty(make_input(root / "work"), irem=20.0)
+    inp = replace(with_uncertainty(make_input(root / "work"), irem=20.0), out_dir=out)
     write_cohort(out, 30, ("irem", "bspline"), pages=False)
+    run_group(out, Settings())  # the report shows the range of the cohort
     subject = build_report([inp], out, "03")
-    run_group(out, Settings())
+    run_group(out, Settings())  # the page of the group links to the report
     return [subject, out / "group_T1w.html"]
 
 

@@ -6,12 +6,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 from irem_bids.pages import run_group
 from irem_bids.report import build_report
@@ -19,6 +24,8 @@ from irem_bids.settings import Settings
 
 from ..app.group_material import write_cohort
 from ..app.report_material import make_input, with_uncertainty
+from ..stacks import write_description
+from .cohorts import TINY, run, tiny_subject
 
 LOCAL = ("file:", "data:")  # addresses that no request leaves the machine for
 FLAGS = (
@@ -39,8 +46,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium-driver)")
-    from selenium import webdriver
-
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
@@ -110,9 +115,6 @@ def test_hostile_words_are_shown_and_do_nothing(browser: Any, page: Path) -> Non
 
 
 def test_flicker_and_sections_work_by_keyboard_and_mouse(browser: Any, page: Path) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
     show(browser, page)
     moving = "getComputedStyle(document.querySelector('.frames img + img'))"
     assert browser.execute_script(f"return {moving}.visibility") == "visible"
@@ -140,8 +142,6 @@ def shown(browser: Any, canvas: str) -> str:
 
 def wait_for(browser: Any, script: str) -> Any:
     """The value of ``script`` once it is true, a minute at most."""
-    from selenium.webdriver.support.wait import WebDriverWait
-
     return WebDriverWait(browser, 60).until(lambda b: b.execute_script(f"return {script}"))
 
 
@@ -149,9 +149,6 @@ READOUT = "document.querySelector('.viewer output').textContent"
 
 
 def test_viewer_moves_one_cursor_in_all_planes(browser: Any, page: Path) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
     show(browser, page)
     browser.find_element(By.CSS_SELECTOR, "nav a[href='#reconstruction']").click()
     before = wait_for(browser, READOUT)
@@ -175,8 +172,6 @@ def test_viewer_moves_one_cursor_in_all_planes(browser: Any, page: Path) -> None
 
 
 def test_viewer_switches_images_and_zooms(browser: Any, page: Path) -> None:
-    from selenium.webdriver.common.by import By
-
     show(browser, page)
     wait_for(browser, READOUT)
     of_method = shown(browser, "coronal")
@@ -216,9 +211,6 @@ return [...document.querySelectorAll('.viewer canvas')].map(canvas => {
 
 def test_viewer_shows_uncertainty_at_the_same_place(browser: Any, page: Path) -> None:
     """The cursor stays, the legend appears, and the number under it is that of the map."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
     show(browser, page)
     place = wait_for(browser, READOUT).split(" at ")[1].split(" mm")[0]
     legend = browser.find_element(By.CSS_SELECTOR, ".viewer .scale")
@@ -236,6 +228,47 @@ def test_viewer_shows_uncertainty_at_the_same_place(browser: Any, page: Path) ->
     browser.find_elements(By.CSS_SELECTOR, ".viewer fieldset label")[0].click()
     wait_for(browser, f"{READOUT}.startsWith('irem at')")
     assert not legend.is_displayed()
+    assert browser.get_log("browser") == []
+
+
+SIDECAR = {
+    "SliceThickness": '<script>throw 2</script>&ü"',
+    "SliceTiming": "</script><script>alert('x')</script>",
+    "SeriesDescription": "<img src=x onerror=alert('x')>",
+}
+
+
+def test_hostile_dataset_is_text_in_both_pages(browser: Any, tmp_path: Path) -> None:
+    """Labels, sidecars and paths with markup go through the whole app and stay words."""
+    label = "x<script>throw 1<!--&'\"ü脳"
+    data, out = tmp_path / "a <script> & 'q' \"d\" ü", tmp_path / "out <b>&'\" 脳#1"
+    write_description(data, Name="<script>document.title='broken'</script>")
+    tiny_subject(data, "01")
+    for path in list((data / "sub-01" / "anat").iterdir()):
+        name = path.name.replace("sub-01", f"sub-{label}")
+        path = path.rename(path.with_name(name.replace("acq-ax", "acq-axial<img src=x>&'\"ü")))
+        path.with_name(path.name.replace(".nii.gz", ".json")).write_text(json.dumps(SIDECAR))
+    (data / "sub-01").rename(data / f"sub-{label}")
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    words = ["participant", "group", "--skip-bids-validation", "--method", "bspline"]
+    words += ["--config-file", str(config), "--work-dir", str(tmp_path / "work")]
+    code, log = run([sys.executable, "-m", "irem_bids", str(data), str(out), *words], tmp_path)
+    assert code == 0, log
+    show(browser, out / "group_T1w.html")
+    assert browser.title == "All participants, T1w"
+    link = browser.find_element(By.CSS_SELECTOR, "#rows tbody th a")
+    assert link.text == f"sub-{label}"
+    link.click()
+    wait_for(browser, "document.querySelector('.viewer output').textContent")
+    assert browser.title == f"sub-{label}"
+    text = browser.execute_script("return document.body.innerText")
+    for shown in (SIDECAR["SliceThickness"], f"sub-{label}_acq-axial<img src=x>&'\"ü_T1w.nii.gz"):
+        assert shown in text
+    assert browser.execute_script("return document.querySelectorAll('script').length") == 1
+    broken = "return [...document.images].filter(i => !i.naturalWidth).length"
+    assert browser.execute_script(broken) == 0
+    assert [url for url in requests(browser) if not url.startswith(LOCAL)] == []
     assert browser.get_log("browser") == []
 
 
@@ -270,8 +303,6 @@ def test_group_page_opens_from_disk(browser: Any, cohort: Path, width: int) -> N
 
 
 def test_group_table_sorts_and_filters(browser: Any, cohort: Path) -> None:
-    from selenium.webdriver.common.by import By
-
     show(browser, cohort)
     first = f"{ROWS}.map(r => r.querySelector('th').innerText)"
     assert browser.execute_script(f"return {first}.length") == 50
@@ -298,9 +329,6 @@ def test_group_table_sorts_and_filters(browser: Any, cohort: Path) -> None:
 
 
 def test_selection_is_carried_between_plots_and_table(browser: Any, cohort: Path) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
     show(browser, cohort)
     plots = browser.find_elements(By.CSS_SELECTOR, ".strips canvas")[:2]
     script = "return arguments[0].toDataURL()"
@@ -317,8 +345,6 @@ def test_selection_is_carried_between_plots_and_table(browser: Any, cohort: Path
 
 
 def test_an_outlier_leads_to_its_report(browser: Any, cohort: Path) -> None:
-    from selenium.webdriver.common.by import By
-
     show(browser, cohort)
     browser.find_element(By.CSS_SELECTOR, "#summary .verdict a").click()
     wait_for(browser, "document.title === 'sub-03'")
