@@ -106,7 +106,13 @@ def level(
         else:
             cohorts.check_top_level(disk / "out")
         start = {"free": left} if most is None else {"filled_after_bytes": most}
-        return {**start, "code": code, "said": said[-1:], "rerun": again, "faults": faults}
+        return {
+            **start,
+            "code": code,
+            "said": [line.replace(str(folder), "") for line in said[-1:]],
+            "rerun": again,
+            "faults": faults,
+        }
 
 
 def campaign(folder: Path, levels: int, subjects: int, method: str) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def campaign(folder: Path, levels: int, subjects: int, method: str) -> dict[str,
         if code:
             raise RuntimeError(log)
         used, expected = before - free(disk), cohorts.images(disk / "out")
-    half = levels // 2
+    half, began = levels // 2, time.monotonic()
     rows = []
     for k in range(half):  # too little from the start
         rows.append(level(folder, round(used * k / half), None, method, expected))
@@ -129,7 +135,7 @@ def campaign(folder: Path, levels: int, subjects: int, method: str) -> dict[str,
         rows.append(level(folder, SIZE, most, method, expected))
     return {
         "subjects": subjects, "method": method, "bytes_used": used, "levels": rows,
-        "codes": [row["code"] for row in rows],
+        "codes": [row["code"] for row in rows], "seconds": round(time.monotonic() - began, 1),
         "faults": [text for row in rows for text in row["faults"]],
     }  # fmt: skip
 

@@ -59,6 +59,11 @@ class Run:
         """Folder of logs."""
         return self.output_dir / "logs"
 
+    @property
+    def settings_file(self) -> Path:
+        """The settings of the run, written when it begins."""
+        return self.logs / f"{self.name}_settings.toml"
+
 
 # ------------------------------------------------------------------------- the run
 def run_cohort(
@@ -95,12 +100,13 @@ def _run_cohort(
     if warning:
         LOG.warning(warning)
     dataset.write_dataset_files(run.output_dir, dataset_links(run.bids_dir, settings))
-    write_text(run.logs / f"{run.name}_settings.toml", settings_to_toml(settings))
+    write_text(run.settings_file, settings_to_toml(settings))
     if reports_only:
         environment(run.work_dir, resources)
         outcomes = [_report_again(group, run) for group in discovery.groups]
         return close_run(outcomes, run)
     outcomes = _work_on(discovery.groups, run, resources) + damaged_groups(discovery)
+    check_output(run)
     code = close_run(outcomes, run)
     if settings.run.clean_workdir and code is ExitCode.SUCCESS:
         clean_work(discovery.groups, run)
@@ -157,6 +163,23 @@ def open_run(bids_dir: str | Path, output_dir: str | Path, settings: Settings) -
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{now}_{uuid.uuid4().hex[:8]}"
     return Run(Path(bids_dir).resolve(), output, work, settings, name, provenance(name))
+
+
+def check_output(run: Run) -> None:
+    """Refuse to call a run well whose output folder went away under it.
+
+    Raises
+    ------
+    UserError
+        What it wrote in the beginning is not there: a mount was lost (74).
+    """
+    if not run.settings_file.is_file():
+        raise UserError(
+            f"{run.settings_file}: was written when the run began, and is not there; was a mount "
+            "lost? What was written since may lie beneath the mount point; mount it again, and "
+            "the same command goes on",
+            ExitCode.IO_ERROR,
+        )
 
 
 def provenance(name: str) -> dict[str, Any]:

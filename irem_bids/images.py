@@ -226,8 +226,11 @@ def check_voxels(path: Path) -> None:
     import nibabel as nib
 
     if path.suffix == ".gz":
-        header: Any = nib.load(path)
-        _check_sum(path, 16 * math.prod(header.shape) + MOST_SURPLUS)
+        try:
+            image: Any = nib.load(path)
+        except Exception as error:  # as where the header is read
+            raise ImageError(_damaged(error)) from error
+        _check_sum(path, 16 * math.prod(image.shape) + MOST_SURPLUS)
     data, _ = read_image(path)
     if data.min() == data.max():
         raise ImageError(f"every voxel is {float(data.min()):g}; expected an image")

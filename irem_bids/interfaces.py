@@ -264,6 +264,7 @@ class Reconstruct(Step):
         from .reconstruction.metrics import snr
         from .reconstruction.optimise import Fit, quality
         from .reconstruction.prepare import Prepared, output_grid
+        from .reconstruction.repeatable import repeatable
         from .reconstruction.sample import sample
         from .reconstruction.stack import write_image
 
@@ -274,7 +275,10 @@ class Reconstruct(Step):
         result = Fit.load(Path(self.inputs.model))
         grid = output_grid(prepared, settings.output)
         locks = Path(self.inputs.checkpoints) / "locks"
-        with claimed_device(self.inputs.devices, locks) as device:
+        with (
+            claimed_device(self.inputs.devices, locks) as device,
+            repeatable(settings.run.deterministic),
+        ):
             meter.started = time.monotonic()
             values = sample(result.field.to(device), grid, device=device)
             metrics = quality(prepared, result, settings, values)

@@ -97,10 +97,13 @@ def _places(
 def told(groups: Iterable[Group], settings: Settings, output_dir: Path, work_dir: Path) -> str:
     """Free and needed space, for the message of a run that the disk has stopped."""
     rows = [needed(group, settings) for group in groups]
+    places = [(f, free_bytes(f), every) for f, _, every in _places(rows, output_dir, work_dir)]
     parts = [
-        f"{folder} has {size(free_bytes(folder))} free, about {size(every)} are needed"
-        for folder, _, every in _places(rows, output_dir, work_dir)
+        f"{folder} has {size(free)} free, about {size(every)} are needed"
+        for folder, free, every in places
     ]
+    if all(free >= every for _, free, every in places):
+        parts.append("a quota, or a limit on the size of files, may be smaller than that")
     return "; ".join([*parts, "make room; the same command goes on from here"])
 
 

@@ -172,6 +172,10 @@ def inf_at(data: np.ndarray) -> np.ndarray:
     return data
 
 
+def nan_intercept(header: nib.Nifti1Header) -> None:
+    header["scl_slope"], header["scl_inter"] = 1, np.nan
+
+
 def rgb(data: np.ndarray) -> np.ndarray:
     return np.zeros(data.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 
@@ -253,6 +257,9 @@ IMAGES: dict[str, Case] = {
             lambda d: d.astype(np.int16), edit=lambda header: header.__setitem__("scl_slope", 1e38)
         ),
         "voxels are NaN or infinite",
+    ),
+    "NaN intercept": Case(
+        values_of(lambda d: d.astype(np.int16), edit=nan_intercept), "invalid intercept"
     ),
     "big-endian": Case(values_of(lambda d: d, order=">")),
     "bomb": Case(fields(), "unpacks to more than", pack=bomb),

@@ -239,6 +239,8 @@ def undoubted(block: bytes) -> bool:
     For readers that take a short way round nibabel: where this is false, :func:`world` has
     to decide.  It may be false for a sound header, never true for a doubtful one.
     """
+    if not np.isfinite(struct.unpack_from("<2f", block, 112)).all():  # slope and intercept
+        return False
     qcode, scode = struct.unpack_from("<2h", block, 252)
     qfac, *listed = struct.unpack_from("<4f", block, 76)
     sform = np.array(struct.unpack_from("<12f", block, 280), dtype=np.float64).reshape(3, 4)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..atomic import write_text
 from ..settings import Settings
 from .latex import document
 from .material import GroupLike
@@ -281,16 +282,9 @@ def bibliography(text: str | None = None) -> str:
 
 def write_citation(folder: Path, text: str) -> list[Path]:
     """Write ``CITATION.md``, ``.tex`` and ``.bib`` into ``folder`` (the log folder)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
     contents = (
         ("CITATION.md", text),
         ("CITATION.tex", document(text)),
         ("CITATION.bib", bibliography(text)),
     )
-    for name, content in contents:
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        written.append(temporary.replace(folder / name))
-    return written
+    return [write_text(Path(folder) / name, content) for name, content in contents]

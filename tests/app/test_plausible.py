@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from irem_bids import plausible
+from irem_bids import interfaces, plausible
 from irem_bids.exitcodes import ExitCode, UserError
+from irem_bids.reconstruction.fields import GridField
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
+from irem_bids.reconstruction.optimise import Fit
+from irem_bids.reconstruction.prepare import Prepared
 from irem_bids.reconstruction.stack import Stack
 
 from .. import corpus
@@ -113,3 +116,15 @@ def test_prediction_against_plain_interpolation(stacks: list[Stack]) -> None:
     changed = [replace(s, data=np.where(h, 9.0, s.data)) for s, h in zip(stacks, held, strict=True)]
     worse = plausible.interpolated_psnr(changed, identity(), held)
     assert worse is not None and worse < 0
+
+
+def test_what_a_training_has_to_say_is_among_the_doubts(stacks: list[Stack]) -> None:
+    held = tuple(np.zeros_like(stack.mask) for stack in stacks)
+    prepared = Prepared(tuple(stacks), tuple(identity().values()), 0, 1.0, held, {})
+    values, grid, mask = volume()
+    doubts = ["training: memory ended; each batch was computed in 2 pieces"]
+    field = GridField(grid.shape, grid.affine.tolist())
+    result = Fit("bspline", field, grid, 1.0, identity(), {}, {}, {"doubts": doubts})
+    found = interfaces._judge(prepared, result, values, grid, mask, {})
+    assert found.failures == ()
+    assert doubts[0] in found.doubts

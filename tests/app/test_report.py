@@ -7,7 +7,9 @@ import base64
 import hashlib
 import io
 import json
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -406,6 +408,19 @@ def test_values_as_text():
     assert wording.number(-0.001, "+.2f") == "0.00"
     assert wording.number(0.123, "+.2f") == "+0.12"
     assert wording.number("many") == "many"
+
+
+def _write_often(job: tuple[Path, int]) -> None:
+    for number in range(40):
+        write_citation(job[0], f"# Methods of run {job[1]}, {number}\n")
+
+
+def test_runs_side_by_side_write_the_methods_text_whole(tmp_path: Path) -> None:
+    jobs = [(tmp_path / "logs", run) for run in range(4)]
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(_write_often, jobs)) == [None] * 4
+    assert re.fullmatch(r"# Methods of run \d, 39\n", (tmp_path / "logs/CITATION.md").read_text())
+    assert len(list((tmp_path / "logs").iterdir())) == 3
 
 
 def test_citation_files(tmp_path):

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from irem_bids import claims, cohort, completion
+from irem_bids.atomic import write_text
 from irem_bids.bids import discover
 from irem_bids.exitcodes import ExitCode, UserError
+from irem_bids.interfaces import Normalise
+from irem_bids.reconstruction.stack import read_image, write_image
 from irem_bids.settings import Settings
 from irem_bids.space import check_space, is_storage, needed
 
@@ -90,6 +93,33 @@ def test_a_read_only_mount_is_73(tiny_dataset: Path, tmp_path: Path) -> None:
         assert "Traceback" not in said
 
 
+def test_a_limit_of_the_size_of_files_is_74_as_a_quota_is(tmp_path: Path) -> None:
+    cohorts.tiny_cohort(tmp_path / "bids", 1)
+    script = f'ulimit -f {20_000 // 512}; exec "$@"'
+    code, log = cohorts.run(["sh", "-c", script, "sh", *cohorts.command(tmp_path, "out")], tmp_path)
+    assert code == 74, log
+    assert "File too large" in log
+    assert "a quota, or a limit on the size of files, may be smaller" in log
+    assert "Traceback" not in log
+
+
+def test_a_mount_that_is_lost_under_a_run_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "mounted"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(out)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        run = cohort.open_run(tmp_path, out, SETTINGS)
+        write_text(run.settings_file, "[run]\n")
+        cohort.check_output(run)
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+    with pytest.raises(UserError, match="was a mount lost") as caught:
+        cohort.check_output(run)
+    assert caught.value.code is ExitCode.IO_ERROR
+
+
 def test_another_version_computes_anew(tmp_path: Path) -> None:
     cohorts.tiny_cohort(tmp_path / "bids", 1)
     words = cohorts.command(tmp_path, "out")
@@ -130,6 +160,22 @@ def test_a_dataset_that_was_moved_is_the_same(tiny_dataset: Path, tmp_path: Path
     (moved,) = discover(elsewhere, SETTINGS).groups
     assert moved.stacks[0].path != group.stacks[0].path
     assert cohort.is_finished(moved, tmp_path / "out", SETTINGS)
+
+
+def test_steps_know_data_by_their_content(tiny_dataset: Path, tmp_path: Path) -> None:
+    def key(root: Path) -> str:
+        (group,) = discover(root, SETTINGS).groups
+        settings = completion.normalise_settings(SETTINGS)
+        step = Normalise(label=group.name, group=group.to_dict(), settings=settings)
+        return str(step.inputs.get_hashval(hash_method="content")[1])
+
+    before = key(tiny_dataset)
+    moved = tiny_dataset.rename(tmp_path / "elsewhere")
+    assert key(moved) == before  # finished steps of the work folder serve
+    path = moved / "sub-01" / "anat" / "sub-01_acq-ax_T1w.nii.gz"
+    data, grid = read_image(path)
+    write_image(path, 2 * data, grid)  # another scan in the place of this one
+    assert key(moved) != before
 
 
 def test_claims_end_with_their_process(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_diverging_field_steps_back_and_goes_on(
     prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        result = fitted(prepared, 1e6, batch_size=256)
+        result = fitted(prepared, 1e6, batch_size=256, epochs=0.4)
     assert "back to the last good state" in caplog.text
     (doubt,) = result.info["doubts"]
     assert "the training diverged and stepped back" in doubt
@@ -163,7 +163,7 @@ def test_a_diverging_field_steps_back_and_goes_on(
 
 def test_a_field_that_diverges_at_any_rate_fails_with_the_cause(prepared: Prepared) -> None:
     with pytest.raises(FloatingPointError, match="the training diverges: the loss is nan"):
-        fitted(prepared, 1e36, batch_size=256)
+        fitted(prepared, 1e36, batch_size=256, epochs=0.4)
 
 
 def test_stacks_that_are_not_finite_fail_before_training(prepared: Prepared) -> None:
