@@ -26,6 +26,7 @@ from ..settings import Acquisition
 from . import operator_cpu, operator_torch
 from .geometry import Grid, RigidTransform
 from .lattice import Lattice, Taps
+from .sharpening import add_sharpened, amounts, sharpened
 from .stack import Stack
 
 FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))  # of a Gaussian, in standard deviations
@@ -161,20 +162,6 @@ def _shared_nodes(
     return found, fine
 
 
-def training_quadrature(acquisition: Acquisition, thickness: float) -> Quadrature:
-    """About ``profile_points`` nodes through a profile, for batches of single voxels."""
-    points = acquisition.profile_points
-    if acquisition.profile == "none" or points == 1:
-        return Quadrature(np.zeros(1), np.ones(1))
-    fine = quadrature(acquisition, thickness, thickness / 40)
-    far = float(np.abs(fine.offsets).max())
-    edges = np.linspace(-far, far, points + 1)
-    cell = np.clip(np.searchsorted(edges, fine.offsets, side="right") - 1, 0, points - 1)
-    weights = np.bincount(cell, fine.weights, minlength=points)
-    offsets = (edges[1:] + edges[:-1]) / 2
-    return Quadrature(offsets.astype(np.float64), weights.astype(np.float64))
-
-
 @dataclass(frozen=True)
 class Receiver:
     """What a scan multiplies the head's intensity by: a gain and a smooth bias.
@@ -259,6 +246,8 @@ class StackModel:
         Of the volume.
     counts
         (I, J, K) acquired voxels behind each voxel of a binned stack; 1 if not given.
+    voxel
+        mm; the nodes are as dense as for this voxel of the volume; default: that of ``grid``.
 
     Attributes
     ----------
@@ -276,6 +265,8 @@ class StackModel:
         (K, 4, 4) scanner space to reference space, one per slice.
     width
         True width of the profile over the one that was asked for.
+    sharpness
+        (3,) :func:`.sharpening.amounts`.
     pivot
         (3,) mean of the moved voxel centres, reference space, mm.
     normal
@@ -290,8 +281,10 @@ class StackModel:
         acquisition: Acquisition,
         device: str = "cpu",
         counts: NDArray[np.float32] | None = None,
+        voxel: float | None = None,
     ) -> None:
         self.grid, self.device = grid, torch.device(device)
+        self._voxel = float(grid.voxel_size.min()) if voxel is None else voxel
         axis = stack.slice_axis
         order = [axis, *(a for a in range(3) if a != axis)]
         found = np.argwhere(np.transpose(use, order))
@@ -315,7 +308,7 @@ class StackModel:
 
     def _taps(self, stack: Stack, acquisition: Acquisition) -> None:
         """(T, 3) offsets in mm along the stack's axes: in plane, and through it; weights."""
-        voxel = float(self.grid.voxel_size.min())
+        voxel = self._voxel
         spacing = float(stack.grid.voxel_size[stack.slice_axis])
         profile, fine = _shared_nodes(acquisition, stack.slice_thickness, spacing, STEP * voxel)
         sizes, parts, coarse = stack.grid.voxel_size, [], [1, 1, 1]
@@ -363,6 +356,7 @@ class StackModel:
             through.astype(np.float32),
             self._weights,
         )
+        self.sharpness = amounts(self.rows)
         if self._lattice is not None:
             self._lattice.place(self.rows.maps[0])
         points = np.empty((len(self.index), 3), np.float32)
@@ -394,6 +388,7 @@ class StackModel:
 
     def forward(self, volume: Tensor) -> Tensor:
         """(X, Y, Z) to (N,), before the receiver."""
+        volume = sharpened(volume, self.sharpness)
         if self.device.type != "cpu":
             return operator_torch.forward(volume, self._on_device())
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
@@ -409,6 +404,15 @@ class StackModel:
 
     def add_adjoint(self, values: Tensor, out: Tensor) -> None:
         """Add the adjoint of (N,) to ``out`` (:attr:`parts`, X, Y, Z), spread over its parts."""
+        if not self.sharpness.any():
+            self.spread(values, out)
+            return
+        parts = torch.zeros_like(out)
+        self.spread(values, parts)
+        add_sharpened(parts, self.sharpness, out[0])
+
+    def spread(self, values: Tensor, out: Tensor) -> None:
+        """:meth:`add_adjoint` with positive weights only: without the sharpening."""
         if self.device.type != "cpu":
             out[0] += operator_torch.adjoint(values, self._on_device(), self.grid.shape)
             return
@@ -430,6 +434,7 @@ class StackModel:
         The motion is applied after the pose, in reference space.
         """
         pivot = self.grid.to_index(self.pivot)
+        volume = sharpened(volume, self.sharpness)
         if self.device.type != "cpu":
             return operator_torch.derivatives(volume, self._on_device(), self.grid.affine, pivot)
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()

@@ -26,8 +26,8 @@ from .prepare import Prepared
 from .refine import Freedom, refine, share_shading
 from .robust import slice_weights
 from .stack import Stack
-from .training import Progress
 
+Progress = Callable[[float, str], None]
 STRENGTH = 0.13  # weight of total variation over the noise, both in scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
@@ -188,7 +188,7 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
     parts = torch.zeros((models[0].parts, *grid.shape), device=job.device)
     for model in models:
-        model.add_adjoint(torch.ones_like(model.values), parts)
+        model.spread(torch.ones_like(model.values), parts)
     return System(
         models,
         list(state.receivers),

@@ -36,9 +36,8 @@ from .acquisition import quadrature
 from .geometry import Grid
 from .optimise import Fit
 from .prepare import Prepared
-from .solution import Job, Prediction, State, build_system, solve_linear
+from .solution import Job, Prediction, Progress, State, build_system, solve_linear
 from .stack import Mask
-from .training import Progress
 
 METHODS = ("irem", "srr")  # that have a forward model to repeat
 PASSED, SUPPRESSED = 0.6, 0.25  # of the power of a wave, by the slice profile
@@ -170,10 +169,10 @@ def _repeated(job: Job, state: State, volume: Tensor) -> Prepared:
 def _share(job: Job, state: State) -> NDArray[np.float32]:
     """(X, Y, Z) share of the stacks that see a voxel."""
     system = build_system(job, job.grid, state)
-    seen = torch.zeros(job.grid.shape, device=job.device)
+    parts = system.empty_parts()
     voxel = float(np.prod(job.grid.voxel_size))
     full = 0.0
     for model, stack in zip(system.models, job.prepared.stacks, strict=True):
-        seen += model.adjoint(model.counts)
+        model.spread(model.counts, parts)
         full += voxel / float(np.prod(stack.grid.voxel_size))
-    return np.asarray((seen / full).cpu().numpy())
+    return np.asarray((parts.sum(0) / full).cpu().numpy())

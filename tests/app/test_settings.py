@@ -21,7 +21,7 @@ AWKWARD = {
     },
     "acquisition": {"slice_thickness": 3.25},
     "normalise": {"n4": False},
-    "irem": {"learning_rate": 1e-7, "epochs": 3},
+    "irem": {"learning_rate": 1e-7, "steps": 3},
     "output": {"method": ["srr", "bspline"], "output_resolution": 0.8},
 }
 
@@ -121,8 +121,8 @@ def test_usage_errors(flags, words):
         ({"outputs": {}}, "unknown section: 'outputs'; did you mean 'output'"),
         ({"output": {"metod": "srr"}}, "did you mean 'method'"),
         ({"output": 3}, "expected a table"),
-        ({"irem": {"levels": 2.5}}, "expected int"),
-        ({"irem": {"levels": True}}, "expected int"),
+        ({"irem": {"layers": 2.5}}, "expected int"),
+        ({"irem": {"layers": True}}, "expected int"),
         ({"normalise": {"n4": 1}}, "expected bool"),
     ],
 )
