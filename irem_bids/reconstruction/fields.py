@@ -60,6 +60,14 @@ class _Box(Field):
         """(N, 3) mm to (N, 3) with the box at [-1, 1], axes in the grid's order."""
         return points @ self.to_unit[:, :3].T + self.to_unit[:, 3]
 
+    def look_up(self, table: Tensor, points: Tensor) -> Tensor:
+        """Trilinear: table (1, F, X, Y, Z) over the box at (N, 3) mm to (N, F)."""
+        if table.device.type == "cpu" and not torch.is_grad_enabled():
+            from . import field_cpu
+
+            return field_cpu.look_up(table, points, self.to_unit)
+        return _look_up(table, self.unit(points))
+
 
 class GridField(_Box):
     """A volume with trilinear interpolation."""
@@ -76,7 +84,7 @@ class GridField(_Box):
         self.register_buffer("volume", volume.float())
 
     def forward(self, points: Tensor) -> Tensor:
-        return _look_up(self.volume[None, None], self.unit(points))[:, 0]
+        return self.look_up(self.volume[None, None], points)[:, 0]
 
 
 class ResidualField(_Box):
@@ -121,12 +129,15 @@ class ResidualField(_Box):
             "scale": scale,
         }
         random = generator or torch.Generator().manual_seed(0)
+        self.features = features
         self.base = GridField(shape, affine)
         extent = (np.array(self.grid.shape) - 1) * self.grid.voxel_size
         self.tables = torch.nn.ParameterList()
         for level in range(levels):
             size = [max(2, int(np.ceil(e / (finest * 2**level))) + 1) for e in extent]
             table = torch.empty(1, features, *size).uniform_(-1e-2, 1e-2, generator=random)
+            # the features of a node lie together
+            table = table.contiguous(memory_format=torch.channels_last_3d)
             self.tables.append(torch.nn.Parameter(table))
         self.network = torch.nn.ModuleList()
         width = levels * features
@@ -143,8 +154,7 @@ class ResidualField(_Box):
 
     def residual(self, points: Tensor) -> Tensor:
         """(N,) what is learned beyond the linear solution."""
-        unit = self.unit(points)
-        hidden = torch.cat([_look_up(table, unit) for table in self.tables], dim=1)
+        hidden = torch.cat([self.look_up(table, points) for table in self.tables], dim=1)
         for layer in self.network[:-1]:
             hidden = torch.relu(layer(hidden))
         return self.options["scale"] * self.network[-1](hidden)[:, 0]

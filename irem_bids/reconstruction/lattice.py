@@ -26,9 +26,12 @@ from .operator_cpu import (
     edge_spread,
     edge_value,
     in_blocks,
+    place,
     spread_at,
     value_at,
 )
+
+FEWEST = 100_000  # taps, below which the loops are not worth compiling
 
 
 @compiled
@@ -59,10 +62,13 @@ def _inside(matrix: Any, sizes: Any, d0: Any, d1: Any, low: Any, high: Any) -> t
 
 
 @compiled
-def _look_up(volume: Any, sizes: Any, matrix: Any, lines: Any, out: Any, ends: Any) -> None:
+def _look_up(
+    volume: Any, sizes: Any, matrix: Any, lines: Any, longest: Any, out: Any, ends: Any
+) -> None:
     """The volume (flat) at the lattice's points; ``lines`` (D0, D1, 2) bound its third axis."""
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
     dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
+    at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
     for d0 in range(ends[0], ends[1]):
         for d1 in range(lines.shape[1]):
             low, high = lines[d0, d1, 0], lines[d0, d1, 1]
@@ -70,9 +76,12 @@ def _look_up(volume: Any, sizes: Any, matrix: Any, lines: Any, out: Any, ends: A
             px = np.float32(_at(matrix, 0, d0, d1, 0))
             py = np.float32(_at(matrix, 1, d0, d1, 0))
             pz = np.float32(_at(matrix, 2, d0, d1, 0))
-            for d2 in range(a, b):
-                t = np.float32(d2)
-                out[d0, d1, d2] = value_at(volume, ny, nz, px + t * dx, py + t * dy, pz + t * dz)
+            for n in range(b - a):
+                t = np.float32(np.int32(n + a))
+                place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
+            for n in range(b - a):
+                u, v, w = part[0, n], part[1, n], part[2, n]
+                out[d0, d1, n + a] = value_at(volume, ny, nz, at[n], u, v, w)
             for d2 in range(low, high):
                 if d2 < a or d2 >= b:
                     x, y = _at(matrix, 0, d0, d1, d2), _at(matrix, 1, d0, d1, d2)
@@ -155,11 +164,13 @@ def _line_values(
 @compiled
 def _spread(
     rows: Any, sizes: Any, matrix: Any, lines: Any, axis: Any, fine: Any, coarse: Any,
-    weights: Any, buffer: Any, out: Any, ends: Any,
+    weights: Any, longest: Any, out: Any, ends: Any,
 ) -> None:  # fmt: skip
     """Adjoint of sum and look-up: ``rows`` (dense) are added to the volume ``out`` (flat)."""
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
     dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
+    at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
+    buffer = np.empty(longest, np.float32)
     for d0 in range(ends[0], ends[1]):
         for d1 in range(lines.shape[1]):
             low, high = lines[d0, d1, 0], lines[d0, d1, 1]
@@ -171,6 +182,9 @@ def _spread(
             px = np.float32(_at(matrix, 0, d0, d1, 0))
             py = np.float32(_at(matrix, 1, d0, d1, 0))
             pz = np.float32(_at(matrix, 2, d0, d1, 0))
+            for n in range(b - a):
+                t = np.float32(np.int32(n + a))
+                place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
             for d2 in range(low, high):
                 value = line[d2 - low]
                 if value == 0:
@@ -179,8 +193,9 @@ def _spread(
                     x, y = _at(matrix, 0, d0, d1, d2), _at(matrix, 1, d0, d1, d2)
                     edge_spread(out, sizes, x, y, _at(matrix, 2, d0, d1, d2), value)
                 else:
-                    t = np.float32(d2)
-                    spread_at(out, ny, nz, px + t * dx, py + t * dy, pz + t * dz, value)
+                    n = d2 - a
+                    u, v, w = part[0, n], part[1, n], part[2, n]
+                    spread_at(out, ny, nz, at[n], u, v, w, value)
 
 
 @dataclass(frozen=True)
@@ -204,7 +219,7 @@ class Taps:
     def worth_it(self, rows: int, shape: tuple[int, ...], axis: int) -> bool:
         """Whether one look-up a lattice point is less work than one a tap of ``rows`` voxels."""
         taps = rows * len(self.weights) * math.prod(self.coarse)
-        return 2 * taps > int(np.prod(self.counts(shape, axis)))
+        return taps > FEWEST and 2 * taps > int(np.prod(self.counts(shape, axis)))
 
 
 class Lattice:
@@ -266,12 +281,24 @@ class Lattice:
         for k in range(len(into)):
             out[self._taps.fine * k : self._taps.fine * k + taps] |= into[k]
         self._lines = bounds(need)
+        self._longest = int((self._lines[..., 1] - self._lines[..., 0]).max())
+
+    @property
+    def points(self) -> int:
+        """Lattice points that a look-up visits."""
+        return int((self._lines[..., 1] - self._lines[..., 0]).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its arrays."""
+        arrays = (self._lattice, self._dense, self._rows, self._lines, self._used)
+        return sum(array.nbytes for array in arrays)
 
     def forward(self, volume: NDArray[np.float32], threads: int) -> NDArray[np.float32]:
         """Volume (X, Y, Z) to predicted rows (N,)."""
         sizes = np.array(volume.shape)
         flat = volume.reshape(-1)
-        given = (flat, sizes, self._matrix, self._lines, self._lattice)
+        given = (flat, sizes, self._matrix, self._lines, self._longest, self._lattice)
         in_blocks(len(self._lines), threads, lambda _, ends: _look_up(*given, ends))
         taps = (self._axis, self._taps.fine, self._coarse, self._thin)
         sums = (self._lattice, *taps, self._used, self._dense)
@@ -284,16 +311,9 @@ class Lattice:
         self._dense.reshape(-1)[self._rows] = values
         sizes = np.array(out.shape[1:])
         taps = (self._axis, self._taps.fine, self._coarse, self._thin)
-        given = (self._dense, sizes, self._matrix, self._lines, *taps)
-        parts, buffers = (
-            out.reshape(BLOCKS, -1),
-            np.empty((BLOCKS, int(self._lines.max())), np.float32),
-        )
-
-        def work(block: int, ends: NDArray[np.int64]) -> None:
-            _spread(*given, buffers[block], parts[block], ends)
-
-        in_blocks(len(self._lines), threads, work)
+        given = (self._dense, sizes, self._matrix, self._lines, *taps, self._longest)
+        parts = out.reshape(BLOCKS, -1)
+        in_blocks(len(self._lines), threads, lambda b, ends: _spread(*given, parts[b], ends))
 
 
 def bounds(inside: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -221,8 +221,8 @@ def _fit_srr(job: Job) -> Fit:
 
 
 # ------------------------------------------------------------------------------ irem
-def _fit_irem(job: Job) -> Fit:
-    linear = _linear_or_saved(job)
+def irem_training(job: Job, linear: Linear) -> Training:
+    """The training of the field that stands on a linear solution."""
     train = _samples(job, linear, job.uses)
     held = _samples(job, linear, list(job.prepared.held_out))
     options = job.settings.irem
@@ -238,14 +238,14 @@ def _fit_irem(job: Job) -> Fit:
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
     field.base.volume.copy_(linear.volume)
-    training = Training(
-        field,
-        train,
-        held,
-        quadratures(list(job.prepared.stacks), job.settings),
-        job.settings,
-        job.device,
-    )
+    nodes = quadratures(list(job.prepared.stacks), job.settings)
+    return Training(field, train, held, nodes, job.settings, job.device)
+
+
+def _fit_irem(job: Job) -> Fit:
+    linear = _linear_or_saved(job)
+    training = irem_training(job, linear)
+    field = training.field
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..settings import Settings
 from .acquisition import Quadrature, StackModel, training_quadrature
 from .checkpoint import load_state, save_state
+from .field_cpu import Gradient
 from .fields import ResidualField
 from .recovery import Pieces, Retreat, finite
 from .stack import Stack
@@ -93,12 +94,18 @@ class Training:
         self.options = settings.irem
         self.offsets = _stacked([q.offsets for q in quadratures], device)
         self.weights = _stacked([q.weights for q in quadratures], device)
+        self.steps_mm = torch.full((len(quadratures),), 1e-3, device=device)
+        if self.offsets.shape[1] > 1:
+            self.steps_mm = (self.offsets[:, 1] - self.offsets[:, 0]).clamp_min(1e-3)
         self.optimiser = torch.optim.Adam(
             [p for p in field.parameters() if p.requires_grad],
             lr=self.options.learning_rate,
             betas=(0.9, 0.99),
             eps=1e-15,
+            fused=True,
         )
+        on_cpu = self.samples.targets.device.type == "cpu"
+        self.written = Gradient(self) if on_cpu else None
         self.random = torch.Generator().manual_seed(settings.run.random_seed)
         self.width = settings.srr.srr_huber
         self.batches = max(1, -(-len(samples) // self.options.batch_size))
@@ -167,6 +174,8 @@ class Training:
 
     def gradient(self, batch: Tensor, most: int) -> Tensor:
         """The gradient of a batch's loss, ``most`` voxels at a time, and the loss."""
+        if self.written is not None:
+            return self.written(batch, most)
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in batch.split(most):
@@ -181,13 +190,18 @@ class Training:
         tensors, record = self.good or self.state()
         self.restore(tensors, record | {"retreat": self.retreat.record()})
 
-    def predict(self, samples: Samples, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicted residual (B,), learned residual (B, Q) and the points (B, Q, 3)."""
-        which = samples.stack[batch]
-        along = self.offsets[which][:, :, None] * samples.normals[batch][:, None, :]
+    def points(self, samples: Samples, batch: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The profiles' points (B Q, 3), mm, and (B, Q)."""
+        along = self.offsets[samples.stack[batch]][:, :, None] * samples.normals[batch][:, None, :]
         points = samples.centres[batch][:, None, :] + along
-        values = self.field.residual(points.reshape(-1, 3)).reshape(points.shape[:2])
-        return samples.factors[batch] * (self.weights[which] * values).sum(1), values, points
+        return points.reshape(-1, 3), (len(batch), self.offsets.shape[1])
+
+    def predict(self, samples: Samples, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted residual (B,), learned residual (B, Q) and the points (B Q, 3)."""
+        points, shape = self.points(samples, batch)
+        values = self.field.residual(points).reshape(shape)
+        weights = self.weights[samples.stack[batch]]
+        return samples.factors[batch] * (weights * values).sum(1), values, points
 
     def loss(self, samples: Samples, batch: Tensor) -> Tensor:
         """Of a batch of voxels, indices (B,)."""
@@ -196,9 +210,8 @@ class Training:
         if self.options.penalty == 0 or values.shape[1] < 2:
             return data
         with torch.no_grad():
-            base = self.field.base(points.reshape(-1, 3)).reshape(values.shape)
-        step = (self.offsets[:, 1] - self.offsets[:, 0]).clamp_min(1e-3)
-        slope = (base + values).diff(dim=1) / step[samples.stack[batch]][:, None]
+            base = self.field.base(points).reshape(values.shape)
+        slope = (base + values).diff(dim=1) / self.steps_mm[samples.stack[batch]][:, None]
         edges = torch.sqrt(slope**2 + self.width**2).mean()
         return data + self.options.penalty * self.field.options["scale"] * edges
 
@@ -275,9 +288,11 @@ class Training:
         self.field.load_state_dict(_part(tensors, "field.") | self._base)
         self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()}
         adam: dict[int, dict[str, Any]] = {}
+        parameters = self.optimiser.param_groups[0]["params"]
         for name, value in _part(tensors, "adam.").items():
             index, key = name.split(".", 1)
-            adam.setdefault(int(index), {})[key] = value.clone()
+            like = value if key == "step" else torch.empty_like(parameters[int(index)])
+            adam.setdefault(int(index), {})[key] = like.copy_(value)  # laid out as its parameter
         state = self.optimiser.state_dict()
         self.optimiser.load_state_dict({**state, "state": adam})
         self.random.set_state(tensors["random"])
