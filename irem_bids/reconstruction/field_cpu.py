@@ -33,6 +33,21 @@ def _look_up(table: Any, points: Any, m: Any, out: Any, ends: Any) -> None:
         z = m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3]
         for f in range(features):
             out[n, f] = 0
+        if features == 4 and 0 <= x < nx - 1 and 0 <= y < ny - 1 and 0 <= z < nz - 1:
+            i, j, k = int(x), int(y), int(z)
+            u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+            s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for pair in range(4):  # four numbers that lie together, as one vector
+                d, e = pair >> 1, pair & 1
+                share = (u if d else 1 - u) * (v if e else 1 - v)
+                near, far = table[i + d, j + e, k], table[i + d, j + e, k + 1]
+                one, two = share - share * w, share * w
+                s0 += one * near[0] + two * far[0]
+                s1 += one * near[1] + two * far[1]
+                s2 += one * near[2] + two * far[2]
+                s3 += one * near[3] + two * far[3]
+            out[n, 0], out[n, 1], out[n, 2], out[n, 3] = s0, s1, s2, s3
+            continue
         if not (-1 < x < nx and -1 < y < ny and -1 < z < nz):
             continue
         i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
@@ -54,6 +69,24 @@ def _spread(table: Any, points: Any, m: Any, values: Any) -> None:
         x = m[0, 0] * a + m[0, 1] * b + m[0, 2] * c + m[0, 3]
         y = m[1, 0] * a + m[1, 1] * b + m[1, 2] * c + m[1, 3]
         z = m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3]
+        if features == 4 and 0 <= x < nx - 1 and 0 <= y < ny - 1 and 0 <= z < nz - 1:
+            i, j, k = int(x), int(y), int(z)
+            u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+            v0, v1, v2, v3 = values[n, 0], values[n, 1], values[n, 2], values[n, 3]
+            for pair in range(4):
+                d, e = pair >> 1, pair & 1
+                share = (u if d else 1 - u) * (v if e else 1 - v)
+                one, two = share - share * w, share * w
+                near, far = table[i + d, j + e, k], table[i + d, j + e, k + 1]
+                near[0] += one * v0
+                near[1] += one * v1
+                near[2] += one * v2
+                near[3] += one * v3
+                far[0] += two * v0
+                far[1] += two * v1
+                far[2] += two * v2
+                far[3] += two * v3
+            continue
         if not (-1 < x < nx and -1 < y < ny and -1 < z < nz):
             continue
         i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
@@ -162,7 +195,7 @@ class Gradient:
             layer.bias.grad += slopes.sum(0)
             slopes = slopes @ layer.weight
             if inputs is not kept[0]:
-                slopes *= inputs > 0
+                slopes = torch.ops.aten.threshold_backward(slopes, inputs, 0)
         each = self.field.features
 
         def work(_: int, ends: NDArray[np.int64]) -> None:
