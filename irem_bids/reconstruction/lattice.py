@@ -26,6 +26,7 @@ from .operator_cpu import (
     edge_spread,
     edge_value,
     in_blocks,
+    inner,
     place,
     spread_at,
     value_at,
@@ -34,22 +35,25 @@ from .operator_cpu import (
 FEWEST = 100_000  # taps, below which the loops are not worth compiling
 
 
-@compiled
-def _at(matrix: Any, axis: int, d0: Any, d1: Any, d2: Any) -> float:
-    """Where a lattice point lies along an axis of the volume."""
-    m = matrix[axis]
-    return m[0] * d0 + m[1] * d1 + m[2] * d2 + m[3]
+@inner
+def _start(matrix: Any, d0: int, d1: int) -> tuple[float, float, float]:
+    """Where a line of the lattice starts in the volume."""
+    return (
+        matrix[0, 0] * d0 + matrix[0, 1] * d1 + matrix[0, 3],
+        matrix[1, 0] * d0 + matrix[1, 1] * d1 + matrix[1, 3],
+        matrix[2, 0] * d0 + matrix[2, 1] * d1 + matrix[2, 3],
+    )
 
 
-@compiled
-def _inside(matrix: Any, sizes: Any, d0: Any, d1: Any, low: Any, high: Any) -> tuple[int, int]:
+@inner
+def _inside(matrix: Any, sizes: Any, start: Any, low: int, high: int) -> tuple[int, int]:
     """Points [a, b) of [low, high) of a line whose eight neighbours are all in the volume."""
     first, last = float(low), float(high - 1)
     for axis in range(3):
-        slope, start = matrix[axis, 2], _at(matrix, axis, d0, d1, 0)
+        slope, origin = matrix[axis, 2], start[axis]
         if abs(slope) < 1e-6:
             slope = 1e-6  # the ends are then far, or there is no point
-        one, two = (0.001 - start) / slope, (sizes[axis] - 1.001 - start) / slope
+        one, two = (0.001 - origin) / slope, (sizes[axis] - 1.001 - origin) / slope
         if one > two:
             one, two = two, one
         if one > first:
@@ -72,10 +76,9 @@ def _look_up(
     for d0 in range(ends[0], ends[1]):
         for d1 in range(lines.shape[1]):
             low, high = lines[d0, d1, 0], lines[d0, d1, 1]
-            a, b = _inside(matrix, sizes, d0, d1, low, high)
-            px = np.float32(_at(matrix, 0, d0, d1, 0))
-            py = np.float32(_at(matrix, 1, d0, d1, 0))
-            pz = np.float32(_at(matrix, 2, d0, d1, 0))
+            start = _start(matrix, d0, d1)
+            a, b = _inside(matrix, sizes, start, low, high)
+            px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
             for n in range(b - a):
                 t = np.float32(np.int32(n + a))
                 place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
@@ -84,8 +87,8 @@ def _look_up(
                 out[d0, d1, n + a] = value_at(volume, ny, nz, at[n], u, v, w)
             for d2 in range(low, high):
                 if d2 < a or d2 >= b:
-                    x, y = _at(matrix, 0, d0, d1, d2), _at(matrix, 1, d0, d1, d2)
-                    z = _at(matrix, 2, d0, d1, d2)
+                    x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
+                    z = start[2] + matrix[2, 2] * d2
                     out[d0, d1, d2] = edge_value(volume, sizes, x, y, z)
 
 
@@ -125,7 +128,7 @@ def _sum(
                             line[n] += weight * seen[c2 * (n + low) + t]
 
 
-@compiled
+@inner
 def _line_values(
     rows: Any,
     axis: Any,
@@ -178,10 +181,9 @@ def _spread(
                 continue
             line = buffer[: high - low]
             _line_values(rows, axis, fine, coarse, weights, d0, d1, line, low)
-            a, b = _inside(matrix, sizes, d0, d1, low, high)
-            px = np.float32(_at(matrix, 0, d0, d1, 0))
-            py = np.float32(_at(matrix, 1, d0, d1, 0))
-            pz = np.float32(_at(matrix, 2, d0, d1, 0))
+            start = _start(matrix, d0, d1)
+            a, b = _inside(matrix, sizes, start, low, high)
+            px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
             for n in range(b - a):
                 t = np.float32(np.int32(n + a))
                 place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
@@ -190,8 +192,8 @@ def _spread(
                 if value == 0:
                     continue
                 if d2 < a or d2 >= b:
-                    x, y = _at(matrix, 0, d0, d1, d2), _at(matrix, 1, d0, d1, d2)
-                    edge_spread(out, sizes, x, y, _at(matrix, 2, d0, d1, d2), value)
+                    x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
+                    edge_spread(out, sizes, x, y, start[2] + matrix[2, 2] * d2, value)
                 else:
                     n = d2 - a
                     u, v, w = part[0, n], part[1, n], part[2, n]

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .acquisition import Rows
 
 BLOCKS = 2
-compiled: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy")
+_njit: Any = numba.njit
+_OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+compiled = _njit(**_OPTIONS)
+inner = _njit(**_OPTIONS, no_cpython_wrapper=True)  # called from compiled loops only
 
 
-@compiled
+@inner
 def edge_value(volume: Any, sizes: Any, x: Any, y: Any, z: Any) -> Any:
     """Trilinear in a flat volume, 0 outside of it."""
     nx, ny, nz = sizes
@@ -40,7 +43,7 @@ def edge_value(volume: Any, sizes: Any, x: Any, y: Any, z: Any) -> Any:
     return total
 
 
-@compiled
+@inner
 def edge_spread(out: Any, sizes: Any, x: Any, y: Any, z: Any, value: Any) -> None:
     """Adjoint of :func:`edge_value`."""
     nx, ny, nz = sizes
@@ -54,7 +57,7 @@ def edge_spread(out: Any, sizes: Any, x: Any, y: Any, z: Any, value: Any) -> Non
                 out[((i + a) * ny + j + b) * nz + k + c] += f * value
 
 
-@compiled
+@inner
 def place(x: Any, y: Any, z: Any, ny: Any, nz: Any, n: Any, at: Any, parts: Any) -> None:
     """Float32 indices to the flat index of the first of eight neighbours, ``at[n]``, and the
     fractions ``parts[:, n]``.  Apart from the look-up, loops of it run on vectors."""
@@ -65,7 +68,7 @@ def place(x: Any, y: Any, z: Any, ny: Any, nz: Any, n: Any, at: Any, parts: Any)
     parts[2, n] = z - np.float32(k)
 
 
-@compiled
+@inner
 def value_at(volume: Any, ny: Any, nz: Any, first: Any, u: Any, v: Any, w: Any) -> Any:
     """Trilinear in a flat volume from eight neighbours that are all in it."""
     at, one = np.uint64(first), np.uint64(1)  # unsigned: no wrapping round
@@ -80,7 +83,7 @@ def value_at(volume: Any, ny: Any, nz: Any, first: Any, u: Any, v: Any, w: Any) 
     return p + u * (r - p)
 
 
-@compiled
+@inner
 def spread_at(out: Any, ny: Any, nz: Any, first: Any, u: Any, v: Any, w: Any, value: Any) -> None:
     """Adjoint of :func:`value_at`."""
     at, one = np.uint64(first), np.uint64(1)
@@ -101,7 +104,7 @@ def spread_at(out: Any, ny: Any, nz: Any, first: Any, u: Any, v: Any, w: Any, va
     out[corner + one] += d
 
 
-@compiled
+@inner
 def _centre(index: Any, m: Any, n: Any) -> tuple[float, float, float]:
     a, b, c = float(index[n, 0]), float(index[n, 1]), float(index[n, 2])
     return (
@@ -111,7 +114,7 @@ def _centre(index: Any, m: Any, n: Any) -> tuple[float, float, float]:
     )
 
 
-@compiled
+@inner
 def _inside(sizes: Any, bounds: Any, x: float, y: float, z: float) -> bool:
     """Whether all taps about a centre have their eight neighbours in the volume."""
     return (
