@@ -61,7 +61,7 @@ def measure(truth: Path, size: int, method: str, repeats: int) -> dict[str, Any]
         "foreground_voxels": int(foreground),
         "cpu_s": round(cpu, 3),
         "wall_s": round(wall, 3),
-        "cpu_s_per_million_foreground": round(cpu / foreground * 1e6, 3),
+        "cpu_s_per_million_foreground": round(float(cpu / foreground * 1e6), 3),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 

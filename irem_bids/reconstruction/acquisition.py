@@ -363,6 +363,8 @@ class StackModel:
             through.astype(np.float32),
             self._weights,
         )
+        self._whole = bool((self.poses == self.poses[:1]).all()) and self.width == 1.0
+        self._whole &= self._lattice_taps.worth_it(len(self.index), self._shape, self._axis)
         if self._lattice is not None:
             self._lattice.place(self.rows.maps[0])
         points = np.empty((len(self.index), 3), np.float32)
@@ -384,8 +386,7 @@ class StackModel:
 
     def as_lattice(self) -> Lattice | None:
         """The stack's lattice, if it moves as a whole and that is less work."""
-        whole = (self.poses == self.poses[:1]).all() and self.width == 1.0
-        if not whole or not self._lattice_taps.worth_it(len(self.index), self._shape, self._axis):
+        if not self._whole:
             return None
         if self._lattice is None:
             taps, matrix = self._lattice_taps, self.rows.maps[0]

@@ -32,7 +32,7 @@ from .operator_cpu import (
     value_at,
 )
 
-FEWEST = 100_000  # taps, below which the loops are not worth compiling
+FEWEST = 50_000  # taps, below which the loops are not worth compiling
 
 
 @inner

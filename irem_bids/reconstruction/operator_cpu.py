@@ -254,7 +254,7 @@ def _factors(voxels: Any, bias: Any, gain: Any, out: Any, ends: Any) -> None:
 
 def in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]], None]) -> None:
     """``work(block, (first, end))`` for each of ``BLOCKS`` parts of ``range(count)``."""
-    edges = np.linspace(0, count, BLOCKS + 1).astype(np.int64)
+    edges = [count * block // BLOCKS for block in range(BLOCKS + 1)]
     pairs = [np.array(pair) for pair in itertools.pairwise(edges)]
     if threads <= 1:
         for block, ends in enumerate(pairs):
