@@ -186,8 +186,8 @@ class Receiver:
         """(N,) gain times bias."""
         if not self.bias.any():
             return torch.full((len(voxels),), self.gain)
-        exponent = self.terms(voxels) @ torch.from_numpy(self.bias).float()
-        return self.gain * torch.exp(exponent)
+        threads = torch.get_num_threads()
+        return torch.from_numpy(operator_cpu.factors(voxels, self.gain, self.bias, threads))
 
     def image(self, grid: Grid, pose: RigidTransform, origin: NDArray) -> NDArray[np.float32]:
         """Gain times bias at every voxel of ``grid``, moved by ``pose``; one slab at a time."""
@@ -357,6 +357,8 @@ class StackModel:
             self._weights,
         )
         self.sharpness = amounts(self.rows)
+        self._whole = bool((self.poses == self.poses[:1]).all()) and self.width == 1.0
+        self._whole &= self._lattice_taps.worth_it(len(self.index), self._shape, self._axis)
         if self._lattice is not None:
             self._lattice.place(self.rows.maps[0])
         points = np.empty((len(self.index), 3), np.float32)
@@ -376,10 +378,9 @@ class StackModel:
             self._rows = operator_torch.DeviceRows(self.rows, self.device)
         return self._rows
 
-    def _as_lattice(self) -> Lattice | None:
+    def as_lattice(self) -> Lattice | None:
         """The stack's lattice, if it moves as a whole and that is less work."""
-        whole = (self.poses == self.poses[:1]).all() and self.width == 1.0
-        if not whole or not self._lattice_taps.worth_it(len(self.index), self._shape, self._axis):
+        if not self._whole:
             return None
         if self._lattice is None:
             taps, matrix = self._lattice_taps, self.rows.maps[0]
@@ -392,7 +393,7 @@ class StackModel:
         if self.device.type != "cpu":
             return operator_torch.forward(volume, self._on_device())
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
-        lattice = self._as_lattice()
+        lattice = self.as_lattice()
         if lattice is not None:
             return torch.from_numpy(lattice.forward(image, threads))
         return torch.from_numpy(operator_cpu.forward(image, self.rows, threads))
@@ -416,7 +417,7 @@ class StackModel:
         if self.device.type != "cpu":
             out[0] += operator_torch.adjoint(values, self._on_device(), self.grid.shape)
             return
-        lattice, threads = self._as_lattice(), torch.get_num_threads()
+        lattice, threads = self.as_lattice(), torch.get_num_threads()
         if lattice is not None:
             lattice.adjoint(values.numpy(), out.numpy(), threads)
         else:

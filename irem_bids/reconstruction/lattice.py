@@ -26,27 +26,34 @@ from .operator_cpu import (
     edge_spread,
     edge_value,
     in_blocks,
+    inner,
+    place,
     spread_at,
     value_at,
 )
 
-
-@compiled
-def _at(matrix: Any, axis: int, d0: Any, d1: Any, d2: Any) -> float:
-    """Where a lattice point lies along an axis of the volume."""
-    m = matrix[axis]
-    return m[0] * d0 + m[1] * d1 + m[2] * d2 + m[3]
+FEWEST = 50_000  # taps, below which the loops are not worth compiling
 
 
-@compiled
-def _inside(matrix: Any, sizes: Any, d0: Any, d1: Any, low: Any, high: Any) -> tuple[int, int]:
+@inner
+def _start(matrix: Any, d0: int, d1: int) -> tuple[float, float, float]:
+    """Where a line of the lattice starts in the volume."""
+    return (
+        matrix[0, 0] * d0 + matrix[0, 1] * d1 + matrix[0, 3],
+        matrix[1, 0] * d0 + matrix[1, 1] * d1 + matrix[1, 3],
+        matrix[2, 0] * d0 + matrix[2, 1] * d1 + matrix[2, 3],
+    )
+
+
+@inner
+def _inside(matrix: Any, sizes: Any, start: Any, low: int, high: int) -> tuple[int, int]:
     """Points [a, b) of [low, high) of a line whose eight neighbours are all in the volume."""
     first, last = float(low), float(high - 1)
     for axis in range(3):
-        slope, start = matrix[axis, 2], _at(matrix, axis, d0, d1, 0)
+        slope, origin = matrix[axis, 2], start[axis]
         if abs(slope) < 1e-6:
             slope = 1e-6  # the ends are then far, or there is no point
-        one, two = (0.001 - start) / slope, (sizes[axis] - 1.001 - start) / slope
+        one, two = (0.001 - origin) / slope, (sizes[axis] - 1.001 - origin) / slope
         if one > two:
             one, two = two, one
         if one > first:
@@ -59,24 +66,29 @@ def _inside(matrix: Any, sizes: Any, d0: Any, d1: Any, low: Any, high: Any) -> t
 
 
 @compiled
-def _look_up(volume: Any, sizes: Any, matrix: Any, lines: Any, out: Any, ends: Any) -> None:
+def _look_up(
+    volume: Any, sizes: Any, matrix: Any, lines: Any, longest: Any, out: Any, ends: Any
+) -> None:
     """The volume (flat) at the lattice's points; ``lines`` (D0, D1, 2) bound its third axis."""
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
     dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
+    at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
     for d0 in range(ends[0], ends[1]):
         for d1 in range(lines.shape[1]):
             low, high = lines[d0, d1, 0], lines[d0, d1, 1]
-            a, b = _inside(matrix, sizes, d0, d1, low, high)
-            px = np.float32(_at(matrix, 0, d0, d1, 0))
-            py = np.float32(_at(matrix, 1, d0, d1, 0))
-            pz = np.float32(_at(matrix, 2, d0, d1, 0))
-            for d2 in range(a, b):
-                t = np.float32(d2)
-                out[d0, d1, d2] = value_at(volume, ny, nz, px + t * dx, py + t * dy, pz + t * dz)
+            start = _start(matrix, d0, d1)
+            a, b = _inside(matrix, sizes, start, low, high)
+            px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
+            for n in range(b - a):
+                t = np.float32(np.int32(n + a))
+                place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
+            for n in range(b - a):
+                u, v, w = part[0, n], part[1, n], part[2, n]
+                out[d0, d1, n + a] = value_at(volume, ny, nz, at[n], u, v, w)
             for d2 in range(low, high):
                 if d2 < a or d2 >= b:
-                    x, y = _at(matrix, 0, d0, d1, d2), _at(matrix, 1, d0, d1, d2)
-                    z = _at(matrix, 2, d0, d1, d2)
+                    x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
+                    z = start[2] + matrix[2, 2] * d2
                     out[d0, d1, d2] = edge_value(volume, sizes, x, y, z)
 
 
@@ -116,7 +128,7 @@ def _sum(
                             line[n] += weight * seen[c2 * (n + low) + t]
 
 
-@compiled
+@inner
 def _line_values(
     rows: Any,
     axis: Any,
@@ -155,11 +167,13 @@ def _line_values(
 @compiled
 def _spread(
     rows: Any, sizes: Any, matrix: Any, lines: Any, axis: Any, fine: Any, coarse: Any,
-    weights: Any, buffer: Any, out: Any, ends: Any,
+    weights: Any, longest: Any, out: Any, ends: Any,
 ) -> None:  # fmt: skip
     """Adjoint of sum and look-up: ``rows`` (dense) are added to the volume ``out`` (flat)."""
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
     dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
+    at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
+    buffer = np.empty(longest, np.float32)
     for d0 in range(ends[0], ends[1]):
         for d1 in range(lines.shape[1]):
             low, high = lines[d0, d1, 0], lines[d0, d1, 1]
@@ -167,20 +181,23 @@ def _spread(
                 continue
             line = buffer[: high - low]
             _line_values(rows, axis, fine, coarse, weights, d0, d1, line, low)
-            a, b = _inside(matrix, sizes, d0, d1, low, high)
-            px = np.float32(_at(matrix, 0, d0, d1, 0))
-            py = np.float32(_at(matrix, 1, d0, d1, 0))
-            pz = np.float32(_at(matrix, 2, d0, d1, 0))
+            start = _start(matrix, d0, d1)
+            a, b = _inside(matrix, sizes, start, low, high)
+            px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
+            for n in range(b - a):
+                t = np.float32(np.int32(n + a))
+                place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
             for d2 in range(low, high):
                 value = line[d2 - low]
                 if value == 0:
                     continue
                 if d2 < a or d2 >= b:
-                    x, y = _at(matrix, 0, d0, d1, d2), _at(matrix, 1, d0, d1, d2)
-                    edge_spread(out, sizes, x, y, _at(matrix, 2, d0, d1, d2), value)
+                    x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
+                    edge_spread(out, sizes, x, y, start[2] + matrix[2, 2] * d2, value)
                 else:
-                    t = np.float32(d2)
-                    spread_at(out, ny, nz, px + t * dx, py + t * dy, pz + t * dz, value)
+                    n = d2 - a
+                    u, v, w = part[0, n], part[1, n], part[2, n]
+                    spread_at(out, ny, nz, at[n], u, v, w, value)
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ class Taps:
     def worth_it(self, rows: int, shape: tuple[int, ...], axis: int) -> bool:
         """Whether one look-up a lattice point is less work than one a tap of ``rows`` voxels."""
         taps = rows * len(self.weights) * math.prod(self.coarse)
-        return 2 * taps > int(np.prod(self.counts(shape, axis)))
+        return taps > FEWEST and 2 * taps > int(np.prod(self.counts(shape, axis)))
 
 
 class Lattice:
@@ -266,12 +283,24 @@ class Lattice:
         for k in range(len(into)):
             out[self._taps.fine * k : self._taps.fine * k + taps] |= into[k]
         self._lines = bounds(need)
+        self._longest = int((self._lines[..., 1] - self._lines[..., 0]).max())
+
+    @property
+    def points(self) -> int:
+        """Lattice points that a look-up visits."""
+        return int((self._lines[..., 1] - self._lines[..., 0]).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its arrays."""
+        arrays = (self._lattice, self._dense, self._rows, self._lines, self._used)
+        return sum(array.nbytes for array in arrays)
 
     def forward(self, volume: NDArray[np.float32], threads: int) -> NDArray[np.float32]:
         """Volume (X, Y, Z) to predicted rows (N,)."""
         sizes = np.array(volume.shape)
         flat = volume.reshape(-1)
-        given = (flat, sizes, self._matrix, self._lines, self._lattice)
+        given = (flat, sizes, self._matrix, self._lines, self._longest, self._lattice)
         in_blocks(len(self._lines), threads, lambda _, ends: _look_up(*given, ends))
         taps = (self._axis, self._taps.fine, self._coarse, self._thin)
         sums = (self._lattice, *taps, self._used, self._dense)
@@ -284,16 +313,9 @@ class Lattice:
         self._dense.reshape(-1)[self._rows] = values
         sizes = np.array(out.shape[1:])
         taps = (self._axis, self._taps.fine, self._coarse, self._thin)
-        given = (self._dense, sizes, self._matrix, self._lines, *taps)
-        parts, buffers = (
-            out.reshape(BLOCKS, -1),
-            np.empty((BLOCKS, int(self._lines.max())), np.float32),
-        )
-
-        def work(block: int, ends: NDArray[np.int64]) -> None:
-            _spread(*given, buffers[block], parts[block], ends)
-
-        in_blocks(len(self._lines), threads, work)
+        given = (self._dense, sizes, self._matrix, self._lines, *taps, self._longest)
+        parts = out.reshape(BLOCKS, -1)
+        in_blocks(len(self._lines), threads, lambda b, ends: _spread(*given, parts[b], ends))
 
 
 def bounds(inside: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .acquisition import Rows
 
 BLOCKS = 2
-compiled: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy")
+_njit: Any = numba.njit
+_OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+compiled = _njit(**_OPTIONS)
+inner = _njit(**_OPTIONS, no_cpython_wrapper=True)  # called from compiled loops only
 
 
-@compiled
+@inner
 def edge_value(volume: Any, sizes: Any, x: Any, y: Any, z: Any) -> Any:
     """Trilinear in a flat volume, 0 outside of it."""
     nx, ny, nz = sizes
@@ -40,7 +43,7 @@ def edge_value(volume: Any, sizes: Any, x: Any, y: Any, z: Any) -> Any:
     return total
 
 
-@compiled
+@inner
 def edge_spread(out: Any, sizes: Any, x: Any, y: Any, z: Any, value: Any) -> None:
     """Adjoint of :func:`edge_value`."""
     nx, ny, nz = sizes
@@ -54,12 +57,21 @@ def edge_spread(out: Any, sizes: Any, x: Any, y: Any, z: Any, value: Any) -> Non
                 out[((i + a) * ny + j + b) * nz + k + c] += f * value
 
 
-@compiled
-def value_at(volume: Any, ny: Any, nz: Any, x: Any, y: Any, z: Any) -> Any:
-    """Trilinear in a flat volume at float32 indices whose eight neighbours are all in it."""
+@inner
+def place(x: Any, y: Any, z: Any, ny: Any, nz: Any, n: Any, at: Any, parts: Any) -> None:
+    """Float32 indices to the flat index of the first of eight neighbours, ``at[n]``, and the
+    fractions ``parts[:, n]``.  Apart from the look-up, loops of it run on vectors."""
     i, j, k = np.int32(x), np.int32(y), np.int32(z)
-    u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(k)
-    at, one = np.uint64((i * ny + j) * nz + k), np.uint64(1)  # unsigned: no wrapping round
+    at[n] = np.int32(np.int32(i * ny + j) * nz + k)
+    parts[0, n] = x - np.float32(i)
+    parts[1, n] = y - np.float32(j)
+    parts[2, n] = z - np.float32(k)
+
+
+@inner
+def value_at(volume: Any, ny: Any, nz: Any, first: Any, u: Any, v: Any, w: Any) -> Any:
+    """Trilinear in a flat volume from eight neighbours that are all in it."""
+    at, one = np.uint64(first), np.uint64(1)  # unsigned: no wrapping round
     below, right = at + np.uint64(nz), at + np.uint64(ny * nz)
     corner = right + np.uint64(nz)
     p = volume[at] + w * (volume[at + one] - volume[at])
@@ -71,12 +83,10 @@ def value_at(volume: Any, ny: Any, nz: Any, x: Any, y: Any, z: Any) -> Any:
     return p + u * (r - p)
 
 
-@compiled
-def spread_at(out: Any, ny: Any, nz: Any, x: Any, y: Any, z: Any, value: Any) -> None:
+@inner
+def spread_at(out: Any, ny: Any, nz: Any, first: Any, u: Any, v: Any, w: Any, value: Any) -> None:
     """Adjoint of :func:`value_at`."""
-    i, j, k = np.int32(x), np.int32(y), np.int32(z)
-    u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(k)
-    at, one = np.uint64((i * ny + j) * nz + k), np.uint64(1)
+    at, one = np.uint64(first), np.uint64(1)
     below, right = at + np.uint64(nz), at + np.uint64(ny * nz)
     corner = right + np.uint64(nz)
     far = value * u
@@ -94,7 +104,7 @@ def spread_at(out: Any, ny: Any, nz: Any, x: Any, y: Any, z: Any, value: Any) ->
     out[corner + one] += d
 
 
-@compiled
+@inner
 def _centre(index: Any, m: Any, n: Any) -> tuple[float, float, float]:
     a, b, c = float(index[n, 0]), float(index[n, 1]), float(index[n, 2])
     return (
@@ -104,7 +114,7 @@ def _centre(index: Any, m: Any, n: Any) -> tuple[float, float, float]:
     )
 
 
-@compiled
+@inner
 def _inside(sizes: Any, bounds: Any, x: float, y: float, z: float) -> bool:
     """Whether all taps about a centre have their eight neighbours in the volume."""
     return (
@@ -119,7 +129,7 @@ def _forward(
     volume: Any, sizes: Any, index: Any, axis: int, maps: Any, steps: Any, bounds: Any,
     weights: Any, out: Any, ends: Any,
 ) -> None:  # fmt: skip
-    ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
+    ny, nz, taps = np.int32(sizes[1]), np.int32(sizes[2]), len(weights)
     for n in range(ends[0], ends[1]):
         k = index[n, axis]
         d = steps[k]
@@ -127,11 +137,14 @@ def _forward(
         total = np.float32(0)
         if _inside(sizes, bounds[k], px, py, pz):
             fx, fy, fz = np.float32(px), np.float32(py), np.float32(pz)
-            for t in range(len(weights)):
-                value = value_at(volume, ny, nz, fx + d[0, t], fy + d[1, t], fz + d[2, t])
-                total += weights[t] * value
+            for t in range(taps):
+                x, y, z = fx + d[0, t], fy + d[1, t], fz + d[2, t]
+                i, j, o = np.int32(x), np.int32(y), np.int32(z)
+                u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(o)
+                at = (i * ny + j) * nz + o
+                total += weights[t] * value_at(volume, ny, nz, at, u, v, w)
         else:
-            for t in range(len(weights)):
+            for t in range(taps):
                 x, y, z = px + d[0, t], py + d[1, t], pz + d[2, t]
                 total += weights[t] * edge_value(volume, sizes, x, y, z)
         out[n] = total
@@ -142,7 +155,7 @@ def _adjoint(
     values: Any, sizes: Any, index: Any, axis: int, maps: Any, steps: Any, bounds: Any,
     weights: Any, out: Any, ends: Any,
 ) -> None:  # fmt: skip
-    ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
+    ny, nz, taps = np.int32(sizes[1]), np.int32(sizes[2]), len(weights)
     for n in range(ends[0], ends[1]):
         value = values[n]
         if value == 0:
@@ -152,11 +165,14 @@ def _adjoint(
         px, py, pz = _centre(index, maps[k], n)
         if _inside(sizes, bounds[k], px, py, pz):
             fx, fy, fz = np.float32(px), np.float32(py), np.float32(pz)
-            for t in range(len(weights)):
-                g = weights[t] * value
-                spread_at(out, ny, nz, fx + d[0, t], fy + d[1, t], fz + d[2, t], g)
+            for t in range(taps):
+                x, y, z = fx + d[0, t], fy + d[1, t], fz + d[2, t]
+                i, j, o = np.int32(x), np.int32(y), np.int32(z)
+                u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(o)
+                at = (i * ny + j) * nz + o
+                spread_at(out, ny, nz, at, u, v, w, weights[t] * value)
         else:
-            for t in range(len(weights)):
+            for t in range(taps):
                 x, y, z = px + d[0, t], py + d[1, t], pz + d[2, t]
                 edge_spread(out, sizes, x, y, z, weights[t] * value)
 
@@ -227,9 +243,18 @@ def _derivatives(
         out[n, 6] = width
 
 
+@compiled
+def _factors(voxels: Any, bias: Any, gain: Any, out: Any, ends: Any) -> None:
+    b0, b1, b2, b3, b4, b5, b6, b7, b8 = bias
+    for n in range(ends[0], ends[1]):
+        x, y, z = voxels[n, 0], voxels[n, 1], voxels[n, 2]
+        value = x * (b0 + b3 * x + b6 * y + b7 * z) + y * (b1 + b4 * y + b8 * z) + z * (b2 + b5 * z)
+        out[n] = gain * np.exp(value)
+
+
 def in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]], None]) -> None:
     """``work(block, (first, end))`` for each of ``BLOCKS`` parts of ``range(count)``."""
-    edges = np.linspace(0, count, BLOCKS + 1).astype(np.int64)
+    edges = [count * block // BLOCKS for block in range(BLOCKS + 1)]
     pairs = [np.array(pair) for pair in itertools.pairwise(edges)]
     if threads <= 1:
         for block, ends in enumerate(pairs):
@@ -283,5 +308,17 @@ def derivatives(
         len(out),
         threads,
         lambda _, ends: _derivatives(volume, *shared, matrix, inverse, pivot, out, ends),
+    )
+    return out
+
+
+def factors(
+    voxels: NDArray[np.float32], gain: float, bias: NDArray[np.float64], threads: int
+) -> NDArray[np.float32]:
+    """(N,) gain times bias at (N, 3): see :class:`.acquisition.Receiver`."""
+    out = np.empty(len(voxels), np.float32)
+    terms = tuple(np.float32(b) for b in bias)
+    in_blocks(
+        len(out), threads, lambda _, ends: _factors(voxels, terms, np.float32(gain), out, ends)
     )
     return out

@@ -92,17 +92,18 @@ class _Linearised:
         slices = 6 * model.slices if self.local is not None else 0
         full = np.zeros((slices + m, slices + m))
         self.pull = np.zeros(slices + m)
-        weighted = self.weight[:, None] * self.shared
-        full[slices:, slices:] = (self.shared.T.double() @ weighted.double()).cpu().numpy()
-        if self.local is not None and self.path is not None:
-            for k in range(model.slices):
-                part = slice(int(model.starts[k]), int(model.starts[k + 1]))
-                block = self.local[part].double()
-                own = (block.T @ (self.weight[part, None] * block)).cpu().numpy()
-                cross = (block.T @ weighted[part].double()).cpu().numpy()
+        columns = self.shared if self.local is None else torch.cat([self.local, self.shared], 1)
+        for k in range(model.slices):  # products of a slice in float32, their sum in float64
+            part = slice(int(model.starts[k]), int(model.starts[k + 1]))
+            block = columns[part]
+            own = (block.T @ (self.weight[part, None] * block)).double().cpu().numpy()
+            inner = own.shape[0] - m
+            full[slices:, slices:] += own[inner:, inner:]
+            if inner:
                 at = slice(6 * k, 6 * k + 6)
-                full[at, at] = own
-                full[at, slices:], full[slices:, at] = cross, cross.T
+                full[at, at] = own[:6, :6]
+                full[at, slices:], full[slices:, at] = own[:6, 6:], own[6:, :6]
+        if self.local is not None and self.path is not None:
             prior = self.path.precision()
             full[:slices, :slices] += prior
             self.pull[:slices] = prior @ self.path.motion.ravel()

@@ -99,7 +99,7 @@ def test_memory_that_ends_halves_the_batch_and_the_result_stays() -> None:
     for what in ("training: ", "sampling the field: "):
         assert f"{what}out of memory with" in done.stderr, done.stderr
     assert whole["irem doubts"] == whole["irem2021 doubts"] == []
-    assert "training: memory ended" in limited["irem doubts"][0]
+    assert limited["irem doubts"] == []  # on the CPU its batches go in chunks anyway, which fit
     assert "training: memory ended" in limited["irem2021 doubts"][0]
     for curve in ("loss", "held_out"):
         np.testing.assert_allclose(limited["irem"][curve], whole["irem"][curve], rtol=1e-3)
