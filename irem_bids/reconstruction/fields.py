@@ -40,6 +40,10 @@ class Field(torch.nn.Module):
         """Arguments that rebuild the field, without its weights."""
         raise TypeError("Field is abstract: use one of its kinds")
 
+    def nodes(self, grid: Grid) -> Tensor | None:
+        """The field's own numbers, if its voxels are those of ``grid``; else None."""
+        return None
+
 
 class _Box(Field):
     """A field that lives in the box of a grid; beyond it, 0."""
@@ -80,6 +84,9 @@ class GridField(_Box):
     def forward(self, points: Tensor) -> Tensor:
         return _look_up(self.volume[None, None], self.unit(points))[:, 0]
 
+    def nodes(self, grid: Grid) -> Tensor | None:
+        return self.volume if grid == self.grid else None
+
 
 class ResidualField(_Box):
     """The default field: a volume (the linear solution) plus a learned residual.
@@ -100,7 +107,7 @@ class ResidualField(_Box):
     """
 
     kind: ClassVar[str] = "irem"
-    correction: Tensor | None
+    whole: Tensor | None
 
     def __init__(
         self,
@@ -124,7 +131,7 @@ class ResidualField(_Box):
             torch.nn.init.zeros_(layer.bias)
             self.network.append(layer)
         torch.nn.init.zeros_(layer.weight)
-        self.register_buffer("correction", None, persistent=False)
+        self.register_buffer("whole", None, persistent=False)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), **self.options}
@@ -161,13 +168,19 @@ class ResidualField(_Box):
 
     def forget(self) -> None:
         """The network has changed: the residual is computed again when next asked for."""
-        self.correction = None
+        self.whole = None
+
+    def corrected(self) -> Tensor:
+        """(X, Y, Z) the linear solution with what is learned beyond it."""
+        if self.whole is None:
+            self.whole = self.base.volume + self.learned()
+        return self.whole
 
     def forward(self, points: Tensor) -> Tensor:
-        if self.correction is None:
-            self.correction = self.learned()
-        unit = self.unit(points)
-        return self.base(points) + _look_up(self.correction[None, None], unit)[:, 0]
+        return _look_up(self.corrected()[None, None], self.unit(points))[:, 0]
+
+    def nodes(self, grid: Grid) -> Tensor | None:
+        return self.corrected() if grid == self.grid else None
 
 
 def _look_up(table: Tensor, unit: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.metrics import psnr
 from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, cropped, head_mask, output_grid, prepare
-from irem_bids.reconstruction.sample import sample
+from irem_bids.reconstruction.sample import evaluate, sample
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, bias_field, simulate
 from irem_bids.reconstruction.solver_torch import huber_weights, penalty_gradient
 from irem_bids.reconstruction.stack import ImageError, Stack
@@ -295,6 +295,21 @@ def test_learned_residual_does_not_depend_on_slabs(monkeypatch: pytest.MonkeyPat
     whole = field.learned()
     monkeypatch.setattr(fields, "SLAB", 5)
     assert torch.allclose(field.learned(), whole, atol=1e-6)
+
+
+def test_own_grid_is_sampled_without_interpolation() -> None:
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = [-7.0, 3.0, 1.0]
+    volume = torch.rand(9, 8, 7, generator=torch.Generator().manual_seed(1))
+    field = ResidualField((9, 8, 7), affine.tolist(), hidden=8, layers=3, scale=0.1)
+    field.base.volume.copy_(volume)
+    torch.nn.init.normal_(field.network[-1].weight)
+    grid = Grid((9, 8, 7), affine)
+    by_points = evaluate(field, grid.to_world(np.indices((9, 8, 7)).reshape(3, -1).T))
+    assert np.allclose(sample(field, grid).ravel(), by_points, atol=1e-5)
+    assert not np.array_equal(sample(field, grid), volume.numpy())
+    plain = GridField((9, 8, 7), affine.tolist(), volume)
+    assert np.array_equal(sample(plain, grid), volume.numpy())
 
 
 def test_grid_field_is_trilinear_in_the_world() -> None:
