@@ -26,6 +26,7 @@ from ..settings import Acquisition
 from . import operator_cpu, operator_torch
 from .geometry import Grid, RigidTransform
 from .lattice import Lattice, Taps
+from .sharpening import add_sharpened, amounts, sharpened
 from .stack import Stack
 
 FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))  # of a Gaussian, in standard deviations
@@ -276,6 +277,8 @@ class StackModel:
         (K, 4, 4) scanner space to reference space, one per slice.
     width
         True width of the profile over the one that was asked for.
+    sharpness
+        (3,) :func:`.sharpening.amounts`.
     pivot
         (3,) mean of the moved voxel centres, reference space, mm.
     normal
@@ -363,6 +366,7 @@ class StackModel:
             through.astype(np.float32),
             self._weights,
         )
+        self.sharpness = amounts(self.rows)
         if self._lattice is not None:
             self._lattice.place(self.rows.maps[0])
         points = np.empty((len(self.index), 3), np.float32)
@@ -394,6 +398,7 @@ class StackModel:
 
     def forward(self, volume: Tensor) -> Tensor:
         """(X, Y, Z) to (N,), before the receiver."""
+        volume = sharpened(volume, self.sharpness)
         if self.device.type != "cpu":
             return operator_torch.forward(volume, self._on_device())
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
@@ -409,6 +414,15 @@ class StackModel:
 
     def add_adjoint(self, values: Tensor, out: Tensor) -> None:
         """Add the adjoint of (N,) to ``out`` (:attr:`parts`, X, Y, Z), spread over its parts."""
+        if not self.sharpness.any():
+            self.spread(values, out)
+            return
+        parts = torch.zeros_like(out)
+        self.spread(values, parts)
+        add_sharpened(parts, self.sharpness, out[0])
+
+    def spread(self, values: Tensor, out: Tensor) -> None:
+        """:meth:`add_adjoint` with positive weights only: without the sharpening."""
         if self.device.type != "cpu":
             out[0] += operator_torch.adjoint(values, self._on_device(), self.grid.shape)
             return
@@ -430,6 +444,7 @@ class StackModel:
         The motion is applied after the pose, in reference space.
         """
         pivot = self.grid.to_index(self.pivot)
+        volume = sharpened(volume, self.sharpness)
         if self.device.type != "cpu":
             return operator_torch.derivatives(volume, self._on_device(), self.grid.affine, pivot)
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()

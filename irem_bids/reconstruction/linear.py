@@ -94,7 +94,7 @@ class System:
         domain.  It only preconditions, so that weights may change afterwards."""
         parts = self.empty_parts()
         for model, factor, weight in zip(self.models, self.factors(), self.weights(), strict=True):
-            model.add_adjoint(_mean_weight(model) * weight * factor * factor, parts)
+            model.spread(_mean_weight(model) * weight * factor * factor, parts)
         total = parts[0]
         for part in parts[1:]:
             total += part

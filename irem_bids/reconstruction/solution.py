@@ -188,7 +188,7 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
     parts = torch.zeros((models[0].parts, *grid.shape), device=job.device)
     for model in models:
-        model.add_adjoint(torch.ones_like(model.values), parts)
+        model.spread(torch.ones_like(model.values), parts)
     return System(
         models,
         list(state.receivers),

@@ -170,10 +170,10 @@ def _repeated(job: Job, state: State, volume: Tensor) -> Prepared:
 def _share(job: Job, state: State) -> NDArray[np.float32]:
     """(X, Y, Z) share of the stacks that see a voxel."""
     system = build_system(job, job.grid, state)
-    seen = torch.zeros(job.grid.shape, device=job.device)
+    parts = system.empty_parts()
     voxel = float(np.prod(job.grid.voxel_size))
     full = 0.0
     for model, stack in zip(system.models, job.prepared.stacks, strict=True):
-        seen += model.adjoint(model.counts)
+        model.spread(model.counts, parts)
         full += voxel / float(np.prod(stack.grid.voxel_size))
-    return np.asarray((seen / full).cpu().numpy())
+    return np.asarray((parts.sum(0) / full).cpu().numpy())
