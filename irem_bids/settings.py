@@ -156,9 +156,6 @@ class Acquisition:
         low=0.05,
         high=50.0,
     )
-    profile_points: int = option(
-        5, "points of the quadrature through a slice in training", low=1, high=33
-    )
 
 
 @dataclass(frozen=True)
@@ -195,19 +192,13 @@ class Irem:
     robust: bool = option(
         True, "give slices that do not fit (dropped, torn by motion) little weight"
     )
-    levels: int = option(4, "levels of the feature grid", low=1, high=12)
-    features: int = option(4, "features per level", low=1, high=16)
-    finest: float = option(
-        2.0, "voxel size of the finest level in output voxels", low=0.25, high=16.0
+    hidden: int = option(16, "channels of the network", low=4, high=256)
+    layers: int = option(4, "convolutions of the network", low=2, high=16)
+    steps: int = option(
+        250, "training steps on a simulated repeat of the scan; 0: no network", low=0, high=10**6
     )
-    hidden: int = option(64, "neurons per hidden layer", low=4, high=1024)
-    layers: int = option(2, "hidden layers", low=1, high=16)
-    epochs: float = option(0.25, "passes over the foreground voxels", low=0.0, high=1000.0)
-    batch_size: int = option(16384, "voxels of the stacks per step", low=16)
-    learning_rate: float = option(1e-2, "learning rate of the network and the grid", low=0.0)
-    penalty: float = option(
-        0.02, "weight of the edge-preserving penalty between profile points", low=0.0
-    )
+    batch_size: int = option(6, "blocks of 24 x 24 x 24 voxels per step", low=1, high=1024)
+    learning_rate: float = option(2e-3, "learning rate of the network", low=0.0)
 
 
 @dataclass(frozen=True)

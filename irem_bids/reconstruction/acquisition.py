@@ -162,20 +162,6 @@ def _shared_nodes(
     return found, fine
 
 
-def training_quadrature(acquisition: Acquisition, thickness: float) -> Quadrature:
-    """About ``profile_points`` nodes through a profile, for batches of single voxels."""
-    points = acquisition.profile_points
-    if acquisition.profile == "none" or points == 1:
-        return Quadrature(np.zeros(1), np.ones(1))
-    fine = quadrature(acquisition, thickness, thickness / 40)
-    far = float(np.abs(fine.offsets).max())
-    edges = np.linspace(-far, far, points + 1)
-    cell = np.clip(np.searchsorted(edges, fine.offsets, side="right") - 1, 0, points - 1)
-    weights = np.bincount(cell, fine.weights, minlength=points)
-    offsets = (edges[1:] + edges[:-1]) / 2
-    return Quadrature(offsets.astype(np.float64), weights.astype(np.float64))
-
-
 @dataclass(frozen=True)
 class Receiver:
     """What a scan multiplies the head's intensity by: a gain and a smooth bias.
@@ -260,6 +246,8 @@ class StackModel:
         Of the volume.
     counts
         (I, J, K) acquired voxels behind each voxel of a binned stack; 1 if not given.
+    voxel
+        mm; the nodes are as dense as for this voxel of the volume; default: that of ``grid``.
 
     Attributes
     ----------
@@ -293,8 +281,10 @@ class StackModel:
         acquisition: Acquisition,
         device: str = "cpu",
         counts: NDArray[np.float32] | None = None,
+        voxel: float | None = None,
     ) -> None:
         self.grid, self.device = grid, torch.device(device)
+        self._voxel = float(grid.voxel_size.min()) if voxel is None else voxel
         axis = stack.slice_axis
         order = [axis, *(a for a in range(3) if a != axis)]
         found = np.argwhere(np.transpose(use, order))
@@ -318,7 +308,7 @@ class StackModel:
 
     def _taps(self, stack: Stack, acquisition: Acquisition) -> None:
         """(T, 3) offsets in mm along the stack's axes: in plane, and through it; weights."""
-        voxel = float(self.grid.voxel_size.min())
+        voxel = self._voxel
         spacing = float(stack.grid.voxel_size[stack.slice_axis])
         profile, fine = _shared_nodes(acquisition, stack.slice_thickness, spacing, STEP * voxel)
         sizes, parts, coarse = stack.grid.voxel_size, [], [1, 1, 1]

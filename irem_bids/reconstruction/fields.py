@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .geometry import Grid
 
+SLAB = 16  # voxels of a volume that the network works on at a time, along the first axis
+
 
 class ModelError(ValueError):
     """A model file that cannot be read."""
@@ -82,82 +84,90 @@ class GridField(_Box):
 class ResidualField(_Box):
     """The default field: a volume (the linear solution) plus a learned residual.
 
-    The residual is a multiresolution grid of features, trilinear in position, followed by a
-    small network (as in Mueller et al. 2022, dense because a head fills its box).  The
-    last layer starts at 0, so that training starts from the linear solution.
+    A small convolutional network turns what surrounds a voxel of the linear solution into what
+    is missing there; between voxels that is trilinear.  It sees no position, so that it can be
+    learned on one part of a head (:mod:`.rehearsal`) and used everywhere.  The last layer starts
+    at 0: an untrained field is the linear solution.  Where the volume is 0, it stays 0.
 
     Parameters
     ----------
     shape, affine
         Grid of the linear solution.
-    finest
-        Voxel of the finest feature grid, mm; each coarser level doubles it.
+    hidden, layers
+        Channels, and convolutions of 3 x 3 x 3 voxels, the last included.
     scale
         Of the residual, scaled intensity.
     """
 
     kind: ClassVar[str] = "irem"
+    correction: Tensor | None
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         affine: list[list[float]],
         *,
-        levels: int,
-        features: int,
-        finest: float,
         hidden: int,
         layers: int,
         scale: float,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(shape, affine)
-        self.options = {
-            "levels": levels,
-            "features": features,
-            "finest": finest,
-            "hidden": hidden,
-            "layers": layers,
-            "scale": scale,
-        }
+        self.options = {"hidden": hidden, "layers": layers, "scale": scale}
         random = generator or torch.Generator().manual_seed(0)
         self.base = GridField(shape, affine)
-        extent = (np.array(self.grid.shape) - 1) * self.grid.voxel_size
-        self.tables = torch.nn.ParameterList()
-        for level in range(levels):
-            size = [max(2, int(np.ceil(e / (finest * 2**level))) + 1) for e in extent]
-            table = torch.empty(1, features, *size).uniform_(-1e-2, 1e-2, generator=random)
-            self.tables.append(torch.nn.Parameter(table))
         self.network = torch.nn.ModuleList()
-        width = levels * features
-        for _ in range(layers):
-            self.network.append(_linear(width, hidden, random))
-            width = hidden
-        last = torch.nn.Linear(width, 1)
-        torch.nn.init.zeros_(last.weight)
-        torch.nn.init.zeros_(last.bias)
-        self.network.append(last)
+        widths = [1, *[hidden] * (layers - 1), 1]
+        for inputs, outputs in itertools.pairwise(widths):
+            layer = torch.nn.utils.skip_init(torch.nn.Conv3d, inputs, outputs, 3)
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=random)
+            torch.nn.init.zeros_(layer.bias)
+            self.network.append(layer)
+        torch.nn.init.zeros_(self.network[-1].weight)
+        self.register_buffer("correction", None, persistent=False)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), **self.options}
 
-    def residual(self, points: Tensor) -> Tensor:
-        """(N,) what is learned beyond the linear solution."""
-        unit = self.unit(points)
-        hidden = torch.cat([_look_up(table, unit) for table in self.tables], dim=1)
+    @property
+    def reach(self) -> int:
+        """Voxels in each direction that the residual of a voxel depends on."""
+        return len(self.network)
+
+    def missing(self, patches: Tensor) -> Tensor:
+        """(B, X, Y, Z) of the linear solution to the residual, :attr:`reach` less on each side."""
+        hidden = patches[:, None]
         for layer in self.network[:-1]:
             hidden = torch.relu(layer(hidden))
         return self.options["scale"] * self.network[-1](hidden)[:, 0]
 
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """(X, Y, Z) the residual on the grid of the linear solution, slab by slab."""
+        volume, edge = self.base.volume, self.reach
+        out = torch.zeros_like(volume)
+        where = volume.nonzero()
+        if not len(where):
+            return out
+        low, high = where.amin(0).tolist(), (where.amax(0) + 1).tolist()
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        padded = torch.nn.functional.pad(volume[box][None, None], (edge,) * 6)[0, 0]
+        inner = out[box]
+        for first in range(0, len(inner), SLAB):
+            last = min(first + SLAB, len(inner))
+            inner[first:last] = self.missing(padded[None, first : last + 2 * edge])[0]
+        inner *= volume[box] != 0
+        return out
+
+    def forget(self) -> None:
+        """The network has changed: the residual is computed again when next asked for."""
+        self.correction = None
+
     def forward(self, points: Tensor) -> Tensor:
-        return self.base(points) + self.residual(points)
-
-
-def _linear(inputs: int, outputs: int, random: torch.Generator) -> torch.nn.Linear:
-    layer = torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs)
-    torch.nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=random)
-    torch.nn.init.zeros_(layer.bias)
-    return layer
+        if self.correction is None:
+            self.correction = self.learned()
+        unit = self.unit(points)
+        return self.base(points) + _look_up(self.correction[None, None], unit)[:, 0]
 
 
 def _look_up(table: Tensor, unit: Tensor) -> Tensor:

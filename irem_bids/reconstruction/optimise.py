@@ -22,14 +22,17 @@ from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
+from .metrics import MAD_TO_SIGMA
 from .prepare import Prepared, write_json
 from .registration import ncc
+from .rehearsal import rehearse
 from .repeatable import repeatable
 from .sample import evaluate, sample
-from .solution import Job, Linear, Prediction, State, solve_linear
+from .solution import Job, Linear, Prediction, Progress, State, solve_linear
 from .stack import Stack
-from .training import Progress, Samples, Training, quadratures
+from .training import Training
 
+RESIDUAL_SCALE = 0.1  # scaled intensity: of what the network adds
 PER_STACK = ("slice_poses", "slice_weights", "widths")
 
 
@@ -223,32 +226,22 @@ def _fit_srr(job: Job) -> Fit:
 # ------------------------------------------------------------------------------ irem
 def _fit_irem(job: Job) -> Fit:
     linear = _linear_or_saved(job)
-    train = _samples(job, linear, job.uses)
-    held = _samples(job, linear, list(job.prepared.held_out))
     options = job.settings.irem
     field = ResidualField(
         job.grid.shape,
         job.grid.affine.tolist(),
-        levels=options.levels,
-        features=options.features,
-        finest=options.finest * float(job.grid.voxel_size[0]),
         hidden=options.hidden,
         layers=options.layers,
-        scale=float(train.targets.double().std()) or 1e-3,
+        scale=RESIDUAL_SCALE,
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
     field.base.volume.copy_(linear.volume)
-    training = Training(
-        field,
-        train,
-        held,
-        quadratures(list(job.prepared.stacks), job.settings),
-        job.settings,
-        job.device,
-    )
+    example = rehearse(job, linear, _noise(job, linear)) if options.steps else None
+    training = Training(field, example, _held_out(job, linear), job.settings, job.device)
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
+    info["network_used"] = training.used
     info["doubts"] = training.doubts
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
     found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}
@@ -289,11 +282,21 @@ def _linear_or_saved(job: Job) -> Linear:
     return linear
 
 
-def _samples(job: Job, linear: Linear, uses: list[np.ndarray]) -> Samples:
-    """Voxels with the residual of the linear solution as their target."""
-    chosen = Prediction(job, job.grid, linear.state, uses)
-    residuals = chosen.residuals(linear.volume)
-    return Samples(chosen.models, residuals, chosen.factors, job.device)
+def _noise(job: Job, linear: Linear) -> list[float]:
+    """Per stack the standard deviation of the linear solution's residuals, outliers aside."""
+    residuals = Prediction(job, job.grid, linear.state, job.uses).residuals(linear.volume)
+    return [float(r.abs().median()) * MAD_TO_SIGMA if len(r) else 0.0 for r in residuals]
+
+
+def _held_out(job: Job, linear: Linear) -> Callable[[Tensor], float] | None:
+    """Mean squared error of the held-out voxels, as a function of the volume (X, Y, Z)."""
+    chosen = Prediction(job, job.grid, linear.state, list(job.prepared.held_out))
+    count = sum(len(m.values) for m in chosen.models)
+    if not count:
+        return None
+    return lambda volume: (
+        sum(float((r.double() ** 2).sum()) for r in chosen.residuals(volume)) / count
+    )
 
 
 # -------------------------------------------------------------------------- irem2021

@@ -26,8 +26,8 @@ from .prepare import Prepared
 from .refine import Freedom, refine, share_shading
 from .robust import slice_weights
 from .stack import Stack
-from .training import Progress
 
+Progress = Callable[[float, str], None]
 STRENGTH = 0.13  # weight of total variation over the noise, both in scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the default field: what the linear solution leaves unexplained.
+"""Training of the default field: what the linear solution misses (:mod:`.rehearsal`).
 
-The loss of a batch of acquired voxels, at the poses and gains that were refined with the
-linear solution,
-
-    mean (r - g sum_q w_q R(p_q))^2 + beta mean sqrt((dF_q / dz)^2 + width^2)
-
-with r the residual of the linear solution, R the learned residual, p_q the profile's points
-in reference space and dF_q differences of the whole field between neighbouring points.
+The loss of a batch of blocks of the example is the mean of (R - m)^2 over its mask, with m what
+the solver missed of the simulated scan's known image and R what the network adds; blocks are
+mirrored at random.  The network is used if with it the held-out voxels of the real scan are
+predicted better than without.
 """
 
 from __future__ import annotations
@@ -22,87 +19,48 @@ import torch
 from torch import Tensor
 
 from ..settings import Settings
-from .acquisition import Quadrature, StackModel, training_quadrature
 from .checkpoint import load_state, save_state
 from .fields import ResidualField
 from .recovery import Pieces, Retreat, finite
-from .stack import Stack
+from .rehearsal import Example
+from .solution import Progress
 
-Progress = Callable[[float, str], None]
 LOG_EVERY = 20  # steps
-CHECKS = 8  # evaluations of the held-out voxels in all
-HELD_OUT = 65536  # voxels of them at a time
-
-
-class Samples:
-    """Acquired voxels of all stacks, on the device: positions, targets, normals.
-
-    Attributes
-    ----------
-    centres
-        (N, 3) voxel centres in reference space, mm.
-    targets
-        (N,) residuals of the linear solution, scaled intensity.
-    stack
-        (N,) index of the stack.
-    factors
-        (N,) gain times bias.
-    normals
-        (N, 3) the slices' normal in reference space, times the width of the profile over the
-        assumed one.
-    """
-
-    def __init__(
-        self, models: list[StackModel], residuals: list[Tensor], factors: list[Tensor], device: str
-    ) -> None:
-        centres, normals, number = [], [], []
-        for index, model in enumerate(models):
-            points = model.voxels * np.float32(100.0) + model.grid.centre.astype(np.float32)
-            centres.append(torch.from_numpy(points))
-            along = model.poses[model.slice_of_row][:, :3, :3] @ model.normal * model.width
-            normals.append(torch.from_numpy(along.astype(np.float32)))
-            number.append(torch.full((len(points),), index))
-        self.centres = torch.cat(centres).to(device)
-        self.normals = torch.cat(normals).to(device)
-        self.stack = torch.cat(number).to(device)
-        self.targets = torch.cat(residuals).to(device)
-        self.factors = torch.cat(factors).to(device)
-
-    def __len__(self) -> int:
-        return len(self.targets)
+CHECKS = 8  # states to step back to
+BLOCK = 24  # voxels of a block's edge
+WARM = 20  # steps in which the learning rate rises
+LAST_RATE = 0.02  # of the learning rate, at the end
 
 
 class Training:
-    """Adam on batches of voxels; its whole state can be saved and taken up again.
+    """Adam on blocks of the example; its whole state can be saved and taken up again.
 
     Where memory ends, a batch is computed in pieces, whose gradients sum to the same.  Where
     the loss is not finite, it steps back to the last state that was checked, at a lower rate.
+
+    ``held_out`` gives the mean squared error of the held-out voxels for a volume (X, Y, Z) on
+    the field's grid; None where there are none.
     """
 
     def __init__(
         self,
         field: ResidualField,
-        samples: Samples,
-        held_out: Samples,
-        quadratures: list[Quadrature],
+        example: Example | None,
+        held_out: Callable[[Tensor], float] | None,
         settings: Settings,
         device: str,
     ) -> None:
         self.field = field.to(device)
-        self.samples, self.held_out, self.device = samples, held_out, device
-        self.options = settings.irem
-        self.offsets = _stacked([q.offsets for q in quadratures], device)
-        self.weights = _stacked([q.weights for q in quadratures], device)
+        self.held_out, self.device, self.options = held_out, device, settings.irem
         self.optimiser = torch.optim.Adam(
-            [p for p in field.parameters() if p.requires_grad],
-            lr=self.options.learning_rate,
-            betas=(0.9, 0.99),
-            eps=1e-15,
+            field.parameters(), lr=self.options.learning_rate, betas=(0.9, 0.99)
         )
         self.random = torch.Generator().manual_seed(settings.run.random_seed)
-        self.width = settings.srr.srr_huber
-        self.batches = max(1, -(-len(samples) // self.options.batch_size))
-        self.steps = round(self.options.epochs * self.batches)
+        self.steps = self.options.steps
+        if example is not None:
+            self._blocks(example)
+        if example is None or not len(self.corners):
+            self.steps = 0
         self.step = 0
         self.history: dict[str, list[float]] = {
             "step": [],
@@ -112,49 +70,68 @@ class Training:
         }
         self.best = float("inf")
         self.best_state: dict[str, Tensor] = {}
-        self.order = torch.empty(0, dtype=torch.int64)
         self.pieces, self.retreat = Pieces("training"), Retreat()
-        self.evaluation = Pieces("held-out voxels")
         self.good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    def _blocks(self, example: Example) -> None:
+        """Where blocks may lie: those whose middle counts."""
+        edge = self.field.reach
+        self.size = [min(BLOCK, n) for n in example.mask.shape]
+        self.solution = torch.nn.functional.pad(example.solution[None, None], (edge,) * 6)[0, 0]
+        self.missing, self.mask = example.missing, example.mask.float()
+        low = [n // 2 for n in self.size]
+        room = [m - n + 1 for m, n in zip(example.mask.shape, self.size, strict=True)]
+        middle = example.mask
+        for axis in range(3):
+            middle = middle.narrow(axis, low[axis], room[axis])
+        self.corners = middle.nonzero().cpu()
 
     @property
     def doubts(self) -> list[str]:
         """What the report should say of it."""
         return self.pieces.doubts + self.retreat.doubts
 
+    @property
+    def used(self) -> bool:
+        """Whether the network is more than its untrained self."""
+        return bool(self.field.network[-1].weight.any() or self.field.network[-1].bias.any())  # type: ignore[union-attr, operator]
+
     def run(self, path: Path | None, seconds: float, progress: Progress | None) -> None:
         """All steps that are left; a checkpoint at ``path`` every ``seconds``."""
         if path is not None:
             self.resume(path)
         if self.step == 0:
-            self.check()
-        if self.good is None:  # resumed
+            self.judge()
+        if self.good is None:
             self.good = self.state()
         last = time.monotonic()
         check_every = max(1, self.steps // CHECKS)
         while self.step < self.steps:
             self.advance()
-            due = self.step % check_every == 0 or self.step == self.steps
-            if due and self.history["held_out_step"][-1] != self.step:
+            if self.step % check_every == 0 or self.step == self.steps:
                 self.check()
             if progress:
                 progress(self.step / self.steps, f"step {self.step} of {self.steps}")
             if path is not None and time.monotonic() - last >= seconds:
                 self.save(path)
                 last = time.monotonic()
+        if self.history["held_out_step"][-1] != self.step:
+            self.judge()
         self.field.load_state_dict(self.best_state | self._base)
+        self.field.forget()
 
     def advance(self) -> None:
-        """One step of Adam; the learning rate falls to a tenth along a cosine."""
-        place = self.step % self.batches
-        if place == 0:
-            self.order = torch.randperm(len(self.samples), generator=self.random)
-        size = self.options.batch_size
-        batch = self.order[place * size : (place + 1) * size].to(self.device)
-        share = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * self.step / max(self.steps, 1)))
-        rate = self.options.learning_rate * self.retreat.rate * float(share)
+        """One step of Adam; the learning rate rises, then falls along a cosine."""
+        count = self.options.batch_size
+        picked = torch.randint(len(self.corners), (count,), generator=self.random)
+        mirrored = torch.randint(2, (count, 3), generator=self.random).bool().tolist()
+        place = list(zip(self.corners[picked].tolist(), mirrored, strict=True))
+        half = 0.5 * (1 + np.cos(np.pi * self.step / self.steps))
+        share = (LAST_RATE + (1 - LAST_RATE) * float(half)) * min(1.0, (self.step + 1) / WARM)
+        rate = self.options.learning_rate * self.retreat.rate * share
         self.optimiser.param_groups[0]["lr"] = rate
-        loss = self.pieces.run(len(batch), lambda most: self.gradient(batch, most))
+        voxels = int(np.prod(self.size))
+        loss = self.pieces.run(count * voxels, lambda most: self.gradient(place, most // voxels))
         self.optimiser.step()
         self.step += 1
         if self.step % LOG_EVERY == 0 or self.step == self.steps:
@@ -165,15 +142,32 @@ class Training:
             self.history["step"].append(self.step)
             self.history["loss"].append(value)
 
-    def gradient(self, batch: Tensor, most: int) -> Tensor:
-        """The gradient of a batch's loss, ``most`` voxels at a time, and the loss."""
+    def gradient(self, place: list[tuple[list[int], list[bool]]], most: int) -> Tensor:
+        """The gradient of a batch's loss, ``most`` blocks at a time, and the loss."""
         self.optimiser.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for part in batch.split(most):
-            loss = self.loss(self.samples, part) * (len(part) / len(batch))
+        total, most = torch.zeros((), device=self.device), max(1, most)
+        solutions, missing, masks = self.batch(place)
+        counted = masks.sum().clamp_min(1.0)
+        for first in range(0, len(place), most):
+            part = slice(first, first + most)
+            error = (self.field.missing(solutions[part]) - missing[part]) ** 2
+            loss = (masks[part] * error).sum() / counted / self.field.options["scale"] ** 2
             loss.backward()
             total += loss.detach()
         return total
+
+    def batch(self, place: list[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, ...) blocks of the solution (with margin), of what it missed, and of the mask."""
+        rows: tuple[list[Tensor], ...] = ([], [], [])
+        margin = 2 * self.field.reach
+        for corner, mirrored in place:
+            flips = [axis for axis in range(3) if mirrored[axis]]
+            for row, volume, more in zip(
+                rows, (self.solution, self.missing, self.mask), (margin, 0, 0), strict=True
+            ):
+                box = tuple(slice(a, a + n + more) for a, n in zip(corner, self.size, strict=True))
+                row.append(volume[box].flip(flips))
+        return torch.stack(rows[0]), torch.stack(rows[1]), torch.stack(rows[2])
 
     def step_back(self, value: float) -> None:
         """Take up the last good state, with a lower learning rate."""
@@ -181,38 +175,29 @@ class Training:
         tensors, record = self.good or self.state()
         self.restore(tensors, record | {"retreat": self.retreat.record()})
 
-    def predict(self, samples: Samples, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicted residual (B,), learned residual (B, Q) and the points (B, Q, 3)."""
-        which = samples.stack[batch]
-        along = self.offsets[which][:, :, None] * samples.normals[batch][:, None, :]
-        points = samples.centres[batch][:, None, :] + along
-        values = self.field.residual(points.reshape(-1, 3)).reshape(points.shape[:2])
-        return samples.factors[batch] * (self.weights[which] * values).sum(1), values, points
-
-    def loss(self, samples: Samples, batch: Tensor) -> Tensor:
-        """Of a batch of voxels, indices (B,)."""
-        predicted, values, points = self.predict(samples, batch)
-        data = torch.mean((samples.targets[batch] - predicted) ** 2)
-        if self.options.penalty == 0 or values.shape[1] < 2:
-            return data
-        with torch.no_grad():
-            base = self.field.base(points.reshape(-1, 3)).reshape(values.shape)
-        step = (self.offsets[:, 1] - self.offsets[:, 0]).clamp_min(1e-3)
-        slope = (base + values).diff(dim=1) / step[samples.stack[batch]][:, None]
-        edges = torch.sqrt(slope**2 + self.width**2).mean()
-        return data + self.options.penalty * self.field.options["scale"] * edges
-
     def check(self) -> None:
-        """Mean squared error of the held-out voxels; the best state so far is kept.
+        """Keep the state as one to step back to, or step back; at the end, judge it."""
+        if not finite(self.field):
+            self.step_back(float("nan"))
+            return
+        if self.step == self.steps:
+            self.judge()
+        else:
+            self.good = self.state()
 
-        The state is kept as a good one, too, to step back to.  Where no voxel is held out,
-        the last good state is the best.
+    def judge(self) -> None:
+        """Error of the held-out voxels; the state stays the best if it is the least so far.
+
+        Where no voxel is held out, the last state is the best.
         """
-        count = len(self.held_out)
-        total = self.evaluation.run(min(count, HELD_OUT), self._squared_error) if count else 0.0
-        error = total / max(1, count)
-        if not (np.isfinite(error) and finite(self.field)):
-            if self.good is None:
+        self.field.forget()
+        with torch.no_grad():
+            volume = self.field.base.volume
+            if self.step:
+                volume = volume + self.field.learned()
+            error = self.held_out(volume) if self.held_out else 0.0
+        if not np.isfinite(error):
+            if not self.step:
                 raise FloatingPointError(
                     f"the error of the held-out voxels is {error} before training: the linear "
                     "solution or the stacks hold numbers that are not finite"
@@ -221,20 +206,11 @@ class Training:
             return
         self.history["held_out_step"].append(self.step)
         self.history["held_out"].append(error)
-        if error < self.best or not count:
+        if error < self.best or not self.held_out:
             self.best = error
             self.best_state = {
                 k: v.clone() for k, v in self.field.state_dict().items() if k != "base.volume"
             }
-        self.good = self.state()
-
-    @torch.no_grad()
-    def _squared_error(self, most: int) -> float:
-        total = 0.0
-        for batch in torch.arange(len(self.held_out), device=self.device).split(max(1, most)):
-            predicted, _, _ = self.predict(self.held_out, batch)
-            total += float(((self.held_out.targets[batch] - predicted).double() ** 2).sum())
-        return total
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of all that changes: tensors, and what JSON can hold."""
@@ -244,7 +220,7 @@ class Training:
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        tensors |= {"random": self.random.get_state(), "order": self.order}
+        tensors |= {"random": self.random.get_state()}
         record = {
             "step": self.step,
             "best": self.best,
@@ -281,7 +257,6 @@ class Training:
         state = self.optimiser.state_dict()
         self.optimiser.load_state_dict({**state, "state": adam})
         self.random.set_state(tensors["random"])
-        self.order = tensors["order"]
         self.step, self.best = record["step"], record["best"]
         self.history = {name: list(values) for name, values in record["history"].items()}
         self.pieces.count = max(self.pieces.count, record["pieces"])
@@ -294,12 +269,3 @@ class Training:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _stacked(rows: list[np.ndarray], device: str) -> Tensor:
-    return torch.from_numpy(np.stack(rows)).float().to(device)
-
-
-def quadratures(stacks: list[Stack], settings: Settings) -> list[Quadrature]:
-    """One quadrature a stack, all with the same number of points."""
-    return [training_quadrature(settings.acquisition, stack.slice_thickness) for stack in stacks]

@@ -36,9 +36,8 @@ from .acquisition import quadrature
 from .geometry import Grid
 from .optimise import Fit
 from .prepare import Prepared
-from .solution import Job, Prediction, State, build_system, solve_linear
+from .solution import Job, Prediction, Progress, State, build_system, solve_linear
 from .stack import Mask
-from .training import Progress
 
 METHODS = ("irem", "srr")  # that have a forward model to repeat
 PASSED, SUPPRESSED = 0.6, 0.25  # of the power of a wave, by the slice profile

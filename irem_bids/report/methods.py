@@ -171,13 +171,23 @@ def _irem(settings: Settings) -> str:
     return (
         "The method `irem` represents the head as a continuous function of position, following "
         "the idea of IREM [@wu2021irem]. Unlike there, a voxel is the weighted mean of the "
-        f"function through the slice ({_profile(settings)}, "
-        f"{settings.acquisition.profile_points} quadrature points), and the function stands on a "
-        "profile-aware linear solution [@gholipour2010robust; @ebner2020automated] to which a "
-        f"multiresolution feature grid ({chosen.levels} levels of {chosen.features} features) with "
-        f"a small network ({chosen.layers} layers of {chosen.hidden}) adds, trained for "
-        f"{chosen.epochs:g} pass{'' if chosen.epochs == 1 else 'es'} "
-        f"with an edge-preserving penalty (weight {chosen.penalty:g})." + refine
+        f"function through the slice ({_profile(settings)}), and the function stands on a "
+        "profile-aware linear solution [@gholipour2010robust; @ebner2020automated]."
+        + refine
+        + _network(settings)
+    )
+
+
+def _network(settings: Settings) -> str:
+    chosen = settings.irem
+    if not chosen.steps:
+        return ""
+    return (
+        f" A convolutional network ({chosen.layers} layers of {chosen.hidden} channels, "
+        f"{chosen.steps} training steps) adds what the solution misses. It was trained on the "
+        "subject's own stacks only: the solution of a block of the head was turned, the scan was "
+        "simulated from it and solved again, and the network learned the difference; it is used "
+        "where it lowers the error of held-out voxels."
     )
 
 

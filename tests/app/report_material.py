@@ -143,7 +143,7 @@ def fitted_input(work: Path, names: tuple[str, ...]) -> ReportInput:
         {
             "output": {"output_resolution": 2.0, "method": list(names)},
             "srr": {"srr_iterations": 6},
-            "irem": {"pose_rounds": 1, "epochs": 0.5, "levels": 2, "hidden": 8},
+            "irem": {"pose_rounds": 1, "steps": 5, "hidden": 8},
         }
     )
     ready.save(work / "prepared")

@@ -328,7 +328,7 @@ def test_a_memory_size_that_is_none(tiny_dataset, tmp_path):
     [
         ("[output]\nmetod = ['srr']\n", 64, "'metod'; did you mean 'method'?"),
         ("[outputs]\n", 64, "unknown section: 'outputs'; did you mean 'output'?"),
-        ("[irem]\nlevels = 'many'\n", 64, "[irem] levels is 'many' (str); expected int"),
+        ("[irem]\nlayers = 'many'\n", 64, "[irem] layers is 'many' (str); expected int"),
         ("[irem\n", 64, "is not valid TOML"),
         ("\xff", 64, "is not UTF-8 text"),
         (None, 66, "cannot be read (No such file or directory)"),

@@ -156,7 +156,7 @@ def test_sidecar_says_what_was_used(result: Result, tmp_path: Path) -> None:
     assert sidecar["Metrics"]["held_out_psnr"] == 30.0
     assert sidecar["RandomSeed"] == 2021
     assert sidecar["Versions"] == {"irem-bids": "0.1.0"}
-    assert sidecar["IremBids"]["Settings"]["irem"]["epochs"] == Settings().irem.epochs
+    assert sidecar["IremBids"]["Settings"]["irem"]["steps"] == Settings().irem.steps
     assert "device" not in json.dumps(sidecar["IremBids"]["Settings"])
     assert paths.completed_key(tmp_path, result.group, "irem") == "a" * 64
     assert paths.completed_key(tmp_path, result.group, "srr") is None

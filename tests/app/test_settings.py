@@ -21,7 +21,7 @@ AWKWARD = {
     },
     "acquisition": {"slice_thickness": 3.25},
     "normalise": {"n4": False},
-    "irem": {"learning_rate": 1e-7, "epochs": 3},
+    "irem": {"learning_rate": 1e-7, "steps": 3},
     "output": {"method": ["srr", "bspline"], "output_resolution": 0.8},
 }
 

@@ -31,12 +31,10 @@ srr_iterations = 6
 srr_reweightings = 2
 [irem]
 pose_rounds = 1
-levels = 2
-features = 2
 hidden = 8
-layers = 1
-epochs = 1.0
-batch_size = 2048
+layers = 3
+steps = 20
+batch_size = 2
 [irem2021]
 epochs_2021 = 1
 width = 8

@@ -22,12 +22,11 @@ SOON = 40.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path, output: str, *words: str, steps: float = 60.0) -> subprocess.Popen:
-    """Start the app; a training of 1000 epochs saves itself often, a shorter one never."""
-    text = QUICK.replace("epochs = 1.0", f"epochs = {steps}")
-    text = text.replace("batch_size = 2048", "batch_size = 256")
+def start(folder: Path, output: str, *words: str, steps: int = 400) -> subprocess.Popen:
+    """Start the app; a training of 100,000 steps saves itself often, a shorter one never."""
+    text = QUICK.replace("steps = 20", f"steps = {steps}")
     text = text.replace("nprocs = 1\n", "")
-    seconds = 100000.0 if steps < 1000 else 0.2
+    seconds = 100000.0 if steps < 100_000 else 0.2
     (folder / "slow.toml").write_text(text + f"checkpoint_seconds = {seconds}\n")
     command = [
         sys.executable, "-m", "irem_bids", str(folder / "bids"), str(folder / output),
@@ -100,7 +99,7 @@ def test_one_process_saves_and_goes_on_to_the_same_image(tmp_path: Path) -> None
 def test_workers_save_and_end(tmp_path: Path, everybody: bool) -> None:
     make_dataset(tmp_path / "bids", ("01", "02"))
     words = ("--nprocs", "2", "--omp-nthreads", "1")
-    process = start(tmp_path, "out", *words, steps=1000.0)
+    process = start(tmp_path, "out", *words, steps=100_000)
     wait_for_training(process, tmp_path / "work-out")
     until = time.monotonic() + 300
     while saved_steps(tmp_path / "work-out", "irem") == 0 and time.monotonic() < until:
@@ -121,7 +120,7 @@ def test_workers_save_and_end(tmp_path: Path, everybody: bool) -> None:
 def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     make_dataset(tmp_path / "bids", ("01", "02"))
     words = ("--nprocs", "2", "--omp-nthreads", "1")
-    process = start(tmp_path, "out", *words, steps=1000.0)
+    process = start(tmp_path, "out", *words, steps=100_000)
     wait_for_training(process, tmp_path / "work-out")
     assert len(members(process.pid)) > 2
     process.kill()  # this process alone

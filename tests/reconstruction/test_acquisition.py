@@ -20,7 +20,6 @@ from irem_bids.reconstruction.acquisition import (
     quadrature,
     read_profile,
     sinc_profile,
-    training_quadrature,
 )
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.sharpening import add_sharpened, sharpened
@@ -121,15 +120,6 @@ def test_a_file_that_is_no_profile_is_refused(text: str, tmp_path: Path) -> None
         read_profile(path)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "box", "sinc"])
-def test_batch_nodes_have_the_width_of_the_dense_rule(kind: str) -> None:
-    dense = profile_quadrature(kind, 4.0, 0.01)
-    few = training_quadrature(Acquisition(profile=kind, profile_points=9), 4.0)
-    second = [(q.offsets**2) @ q.weights for q in (dense, few)]
-    assert second[1] == pytest.approx(second[0], rel=0.08)
-    assert few.weights.sum() == pytest.approx(1)
-
-
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_adjoint_is_exact(axis: int) -> None:
     stack, grid = blob_stack(axis), cube(28)
@@ -174,7 +164,9 @@ def test_sharpening_equals_its_plain_form_and_is_its_own_adjoint() -> None:
         expected -= float(each[axis]) * padded.diff(dim=axis).diff(dim=axis)
     found = sharpened(x, each)
     assert torch.allclose(found, expected, atol=1e-5)
-    assert float((found * y).sum()) == pytest.approx(float((x * sharpened(y, each)).sum()), rel=1e-4)
+    assert float((found * y).sum()) == pytest.approx(
+        float((x * sharpened(y, each)).sum()), rel=1e-4
+    )
     added = torch.ones_like(x)
     add_sharpened(torch.stack([x - y, y]), each, added)
     assert torch.allclose(added - 1, expected, atol=1e-5)

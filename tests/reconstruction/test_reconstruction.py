@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
+from irem_bids.reconstruction import fields
 from irem_bids.reconstruction.baselines import bspline, resample_stack, without
 from irem_bids.reconstruction.fields import GridField, ModelError, ResidualField, load_model
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
@@ -27,7 +28,7 @@ from tests.phantom import head
 SETTINGS = Settings.from_dict(
     {
         "normalise": {"n4": False},
-        "irem": {"epochs": 2.0, "batch_size": 2048, "levels": 2, "hidden": 16},
+        "irem": {"steps": 40, "batch_size": 2, "hidden": 8},
         "irem2021": {"epochs_2021": 3, "batch_size_2021": 2500},
         "run": {"checkpoint_seconds": 0.0},
     }
@@ -209,7 +210,7 @@ def test_bias_of_the_stacks_is_found(truth: tuple[np.ndarray, Grid]) -> None:
     stacks = simulate(*truth, protocol)
     made = prepare([s.stack for s in stacks], SETTINGS)
     grid = output_grid(made, SETTINGS.output)
-    found = fit("irem", made, grid, SETTINGS.updated({"irem": {"epochs": 0.0}}))
+    found = fit("irem", made, grid, SETTINGS.updated({"irem": {"steps": 0}}))
     true, seen = [], []
     for simulated, stack in zip(stacks, made.stacks, strict=True):
         # what preparation left of each stack, against what an ideal scanner saw
@@ -268,22 +269,32 @@ def test_an_interrupted_training_ends_with_the_same_numbers(
     assert resumed.history == whole.history
 
 
-def test_untrained_residual_is_zero_and_gradients_reach_every_table() -> None:
-    field = ResidualField(
-        (12, 12, 12),
-        np.eye(4).tolist(),
-        levels=3,
-        features=2,
-        finest=2.0,
-        hidden=8,
-        layers=2,
-        scale=0.1,
-    )
-    points = torch.rand(500, 3) * 11
-    assert torch.equal(field(points), torch.zeros(500))
+def test_untrained_field_is_its_volume_and_gradients_reach_every_layer() -> None:
+    volume = torch.rand(12, 11, 10, generator=torch.Generator().manual_seed(0))
+    volume[:4] = 0
+    field = ResidualField((12, 11, 10), np.eye(4).tolist(), hidden=8, layers=3, scale=0.1)
+    field.base.volume.copy_(volume)
+    points = torch.rand(500, 3) * 9
+    assert torch.equal(field(points), field.base(points))
     torch.nn.init.ones_(field.network[-1].weight)
-    field.residual(points).sum().backward()
-    assert all(float(t.grad.abs().sum()) > 0 for t in field.tables)
+    field.missing(torch.rand(2, 9, 9, 9)).sum().backward()
+    assert all(float(layer.weight.grad.abs().sum()) > 0 for layer in field.network)
+    field.forget()
+    learned = field.learned()
+    assert float(learned[4:].abs().sum()) > 0
+    assert not learned[:4].any()  # air stays air
+    corners = torch.tensor([[5.0, 3.0, 2.0], [11.0, 10.0, 9.0]])
+    expected = [float((volume + learned)[5, 3, 2]), float((volume + learned)[11, 10, 9])]
+    assert field(corners).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_learned_residual_does_not_depend_on_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = ResidualField((23, 9, 10), np.eye(4).tolist(), hidden=8, layers=4, scale=0.1)
+    field.base.volume.copy_(torch.rand(23, 9, 10, generator=torch.Generator().manual_seed(1)))
+    torch.nn.init.normal_(field.network[-1].weight)
+    whole = field.learned()
+    monkeypatch.setattr(fields, "SLAB", 5)
+    assert torch.allclose(field.learned(), whole, atol=1e-6)
 
 
 def test_grid_field_is_trilinear_in_the_world() -> None:

@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = Settings.from_dict(
     {
         "normalise": {"n4": False, "registration": False},
-        "irem": {"epochs": 1.0, "batch_size": 16384, "refine_poses": False},
+        "irem": {"steps": 40, "batch_size": 4, "refine_poses": False},
         "srr": {"srr_iterations": 4, "srr_reweightings": 1},
         "output": {"output_resolution": 4.0},
     }
@@ -48,7 +48,7 @@ def samples(count: int = 6000) -> tuple[np.ndarray, np.ndarray]:
     return points, (np.sin(points / 9.0).sum(1) / 6 + 0.5).astype(np.float32)
 
 
-def fitted(prepared: Prepared, learning_rate: float = 1e-2, **irem: Any) -> Fit:
+def fitted(prepared: Prepared, learning_rate: float = 2e-3, **irem: Any) -> Fit:
     settings = replace(SETTINGS, irem=replace(SETTINGS.irem, learning_rate=learning_rate, **irem))
     return fit("irem", prepared, output_grid(prepared, settings.output), settings)
 
@@ -132,7 +132,7 @@ def test_memory_of_a_gpu_that_ends(cuda: str) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     try:
         torch.cuda.set_per_process_memory_fraction(120 * 2**20 / total)
-        settings = replace(SETTINGS, irem=replace(SETTINGS.irem, batch_size=10**6))
+        settings = replace(SETTINGS, irem=replace(SETTINGS.irem, batch_size=200))
         grid = output_grid(prepared, settings.output)
         limited = fit("irem", prepared, grid, settings, device=cuda)
     finally:
@@ -150,7 +150,7 @@ def test_a_diverging_field_steps_back_and_goes_on(
     prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        result = fitted(prepared, 1e6, batch_size=256, epochs=0.4)
+        result = fitted(prepared, 1e6, batch_size=2)
     assert "back to the last good state" in caplog.text
     (doubt,) = result.info["doubts"]
     assert "the training diverged and stepped back" in doubt
@@ -163,7 +163,7 @@ def test_a_diverging_field_steps_back_and_goes_on(
 
 def test_a_field_that_diverges_at_any_rate_fails_with_the_cause(prepared: Prepared) -> None:
     with pytest.raises(FloatingPointError, match="the training diverges: the loss is nan"):
-        fitted(prepared, 1e36, batch_size=256, epochs=0.4)
+        fitted(prepared, 1e36, batch_size=2)
 
 
 def test_stacks_that_are_not_finite_fail_before_training(prepared: Prepared) -> None:

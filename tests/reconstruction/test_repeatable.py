@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = Settings.from_dict(
     {
         "normalise": {"n4": False, "registration_starts": 1},
-        "irem": {"epochs": 1.0, "batch_size": 2048, "levels": 2, "hidden": 16},
+        "irem": {"steps": 12, "batch_size": 2, "hidden": 8},
         "output": {"output_resolution": 4.0},
     }
 )
