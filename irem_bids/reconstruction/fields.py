@@ -123,7 +123,7 @@ class ResidualField(_Box):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=random)
             torch.nn.init.zeros_(layer.bias)
             self.network.append(layer)
-        torch.nn.init.zeros_(self.network[-1].weight)
+        torch.nn.init.zeros_(layer.weight)
         self.register_buffer("correction", None, persistent=False)
 
     def config(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Training:
     @property
     def used(self) -> bool:
         """Whether the network is more than its untrained self."""
-        return bool(self.field.network[-1].weight.any() or self.field.network[-1].bias.any())  # type: ignore[union-attr, operator]
+        return any(bool(p.any()) for p in self.field.network[-1].parameters())
 
     def run(self, path: Path | None, seconds: float, progress: Progress | None) -> None:
         """All steps that are left; a checkpoint at ``path`` every ``seconds``."""

@@ -121,8 +121,8 @@ def test_usage_errors(flags, words):
         ({"outputs": {}}, "unknown section: 'outputs'; did you mean 'output'"),
         ({"output": {"metod": "srr"}}, "did you mean 'method'"),
         ({"output": 3}, "expected a table"),
-        ({"irem": {"levels": 2.5}}, "expected int"),
-        ({"irem": {"levels": True}}, "expected int"),
+        ({"irem": {"layers": 2.5}}, "expected int"),
+        ({"irem": {"layers": True}}, "expected int"),
         ({"normalise": {"n4": 1}}, "expected bool"),
     ],
 )
