@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--protocol", default="{}", help="changes of the protocol, JSON")
     parser.add_argument("--set", nargs="*", default=[], help="section.option=JSON")
     parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(calibration=False)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {

@@ -68,11 +68,11 @@ stacks = prepared_phantom()
 grid = output_grid(stacks, SETTINGS.output)
 
 def everything():
-    one, doubts = fitted(stacks), []
+    one, doubts = fitted(stacks, batch_size=16), []
     _, history = fit_paper(*samples(), PAPER, seed=0, doubts=doubts)
     return {"irem": one.history, "irem doubts": one.info["doubts"],
             "irem2021": history, "irem2021 doubts": doubts,
-            "image": sample(one.field, grid.resampled(1.4)).ravel()[::97].tolist()}
+            "image": sample(one.field, grid.resampled(1.0), chunk=2**21).ravel()[::97].tolist()}
 
 found = [everything()]
 pages = int(open("/proc/self/statm").read().split()[0])
