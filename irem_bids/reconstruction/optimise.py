@@ -236,7 +236,10 @@ def _fit_irem(job: Job) -> Fit:
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
     field.base.volume.copy_(linear.volume)
-    example = rehearse(job, linear, _noise(job, linear)) if options.steps else None
+    noise = _noise(job, linear)
+    if not np.isfinite(noise).all():
+        raise FloatingPointError("the stacks hold numbers that are not finite")
+    example = rehearse(job, linear, noise) if options.steps else None
     training = Training(field, example, _held_out(job, linear), job.settings, job.device)
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))

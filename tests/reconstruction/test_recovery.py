@@ -72,7 +72,7 @@ def everything():
     _, history = fit_paper(*samples(), PAPER, seed=0, doubts=doubts)
     return {"irem": one.history, "irem doubts": one.info["doubts"],
             "irem2021": history, "irem2021 doubts": doubts,
-            "image": sample(one.field, grid.resampled(1.0), chunk=2**21).ravel()[::97].tolist()}
+            "image": sample(one.field, grid.resampled(0.7), chunk=2**22).ravel()[::997].tolist()}
 
 found = [everything()]
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -99,7 +99,7 @@ def test_memory_that_ends_halves_the_batch_and_the_result_stays() -> None:
     for what in ("training: ", "sampling the field: "):
         assert f"{what}out of memory with" in done.stderr, done.stderr
     assert whole["irem doubts"] == whole["irem2021 doubts"] == []
-    assert limited["irem doubts"] == []  # on the CPU its batches go in chunks anyway, which fit
+    assert "training: memory ended" in limited["irem doubts"][0]
     assert "training: memory ended" in limited["irem2021 doubts"][0]
     for curve in ("loss", "held_out"):
         np.testing.assert_allclose(limited["irem"][curve], whole["irem"][curve], rtol=1e-3)
@@ -150,7 +150,7 @@ def test_a_diverging_field_steps_back_and_goes_on(
     prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        result = fitted(prepared, 1e6, batch_size=2)
+        result = fitted(prepared, 3e5, batch_size=2)
     assert "back to the last good state" in caplog.text
     (doubt,) = result.info["doubts"]
     assert "the training diverged and stepped back" in doubt
