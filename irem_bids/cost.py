@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a reconstruction is estimated to need: seconds, memory and GPU memory.
 
-The constants are all here.  They were measured with ``benchmarks/simulated_head.py`` on two
-shared processors of x86_64 without a GPU (``benchmarks/results``: a head of 1 mm, three
-stacks of 4 mm, and 64 mm of it); another machine is faster or slower, so that an estimate of
-seconds is good within a factor of about two.  Training on a GPU was not measured: its seconds
-are those of the CPU, which they do not exceed.
+The constants are all here.  Processor seconds of ``srr`` and of normalisation, and memory, were
+measured by ``benchmarks/scaling.py`` (heads of 64 to 240 voxels) and on a 1.5 mm head of three
+stacks of 4 mm, with both processors of an x86_64 without a GPU busy; ``irem2021``, N4 and the
+report with ``benchmarks/simulated_head.py``.  Another machine is faster or slower, so that an
+estimate of seconds is good within a factor of about two.  Training on a GPU was not measured:
+its seconds are those of the CPU, which they do not exceed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from .groups import Group
 
 BASE_GB = 0.8  # an interpreter with torch, SimpleITK and the figures' libraries
-BYTES_PER_VOXEL = (100, 100)  # of the result: once, and per stack; measured, rounded up
+BYTES_PER_VOXEL = (80, 50)  # of the result: once, and per stack; measured, rounded up
 GPU_BASE_GB = 0.6  # a CUDA context and torch's libraries
 #: Seconds: once, and per million voxels of the result's box with three stacks.
-NORMALISE = (2.4, 7.8)
+NORMALISE = (3.0, 2.5)
 REPORT = (15.0, 1.0)
-METHODS = {"irem": (38.0, 41.7), "srr": (7.0, 13.4), "bspline": (1.0, 3.4)}
+METHODS = {"irem": (8.0, 4.5), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
 IREM2021_EPOCH = 600.0  # s per epoch and million acquired voxels
 N4 = 5.0  # s per million acquired voxels
 STACKS = 3  # of the measurements
