@@ -71,7 +71,6 @@ def test_another_machine_s_image_is_near(tmp_path: Path, here: dict[str, np.ndar
     # another processor: no vector instructions of this one, another number of threads
     other = {"ATEN_CPU_CAPABILITY": "default", "NUMBA_CPU_NAME": "generic", "OMP_NUM_THREADS": "2",
              "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Prescott",
-             "NUMBA_CACHE_DIR": str(tmp_path / "numba"),
              "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SAVE, str(tmp_path / "there.npz")],
