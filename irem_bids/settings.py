@@ -165,7 +165,7 @@ class Srr:
     srr_lambda: float | None = option(
         None,
         "weight of total variation against the squared residual, both in scaled intensity; "
-        "default: 0.13 times the noise of the stacks",
+        "default: 0.08 times the noise of the stacks",
         low=0.0,
     )
     srr_huber: float = option(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .geometry import Grid
 
+TRUST = 0.5  # of what the network adds: a rehearsal knows only detail that the solution has
 SLAB = 16  # voxels of a volume that the network works on at a time, along the first axis
 
 
@@ -163,7 +164,7 @@ class ResidualField(_Box):
         for first in range(0, len(inner), SLAB):
             last = min(first + SLAB, len(inner))
             inner[first:last] = self.missing(padded[None, first : last + 2 * edge])[0]
-        inner *= volume[box] != 0
+        inner *= TRUST * (volume[box] != 0)
         return out
 
     def forget(self) -> None:

@@ -28,7 +28,7 @@ from .robust import slice_weights
 from .stack import Stack
 
 Progress = Callable[[float, str], None]
-STRENGTH = 0.13  # weight of total variation over the noise, both in scaled intensity
+STRENGTH = 0.08  # weight of total variation over the noise, both in scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
