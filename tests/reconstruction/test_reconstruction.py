@@ -153,7 +153,7 @@ def test_held_out_voxels_are_never_trained_on(method: str, prepared: Prepared) -
 
 def test_strength_follows_the_noise(prepared: Prepared, fits: dict[str, Fit]) -> None:
     noise = np.mean(list(prepared.metrics["noise"].values()))
-    assert fits["srr"].info["penalty"]["weight"] == pytest.approx(0.13 * noise)
+    assert fits["srr"].info["penalty"]["weight"] == pytest.approx(0.08 * noise)
     assert fits["irem"].info["penalty"] == fits["srr"].info["penalty"]
 
 
