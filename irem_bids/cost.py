@@ -3,8 +3,8 @@
 
 The constants are all here.  Processor seconds of ``srr`` and of normalisation, and memory, were
 measured by ``benchmarks/scaling.py`` (heads of 64 to 240 voxels) and on a 1.5 mm head of three
-stacks of 4 mm, with both processors of an x86_64 without a GPU busy; ``irem2021``, N4 and the
-report with ``benchmarks/simulated_head.py``.  Another machine is faster or slower, so that an
+stacks of 4 mm, with both processors of an x86_64 without a GPU busy; ``irem`` and the standard
+deviation on a 1 mm and a 1.5 mm head; ``irem2021``, N4 and the report with ``benchmarks/simulated_head.py``.  Another machine is faster or slower, so that an
 estimate of seconds is good within a factor of about two.  Training on a GPU was not measured:
 its seconds are those of the CPU, which they do not exceed.
 """
@@ -29,7 +29,8 @@ GPU_BASE_GB = 0.6  # a CUDA context and torch's libraries
 #: Seconds: once, and per million voxels of the result's box with three stacks.
 NORMALISE = (3.0, 2.5)
 REPORT = (15.0, 1.0)
-METHODS = {"irem": (8.0, 4.5), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
+METHODS = {"irem": (45.0, 6.0), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
+UNCERTAINTY = (4.0, 1.2)  # of irem and srr, each
 IREM2021_EPOCH = 600.0  # s per epoch and million acquired voxels
 N4 = 5.0  # s per million acquired voxels
 STACKS = 3  # of the measurements
@@ -83,6 +84,8 @@ def estimate(group: Group, settings: Settings, resources: Resources) -> Cost:
         else:
             once, each = METHODS[method]
             seconds += once + each * millions * share
+        if settings.output.uncertainty and method in ("irem", "srr"):
+            seconds += UNCERTAINTY[0] + UNCERTAINTY[1] * millions * share
     seconds += REPORT[0] + REPORT[1] * millions
     arrays = training_gb(group, settings)
     return Cost(seconds, BASE_GB + arrays, GPU_BASE_GB + arrays if resources.gpu else 0.0)
