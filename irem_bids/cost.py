@@ -4,9 +4,10 @@
 The constants are all here.  Processor seconds of ``srr`` and of normalisation, and memory, were
 measured by ``benchmarks/scaling.py`` (heads of 64 to 240 voxels) and on a 1.5 mm head of three
 stacks of 4 mm, with both processors of an x86_64 without a GPU busy; ``irem`` and the standard
-deviation on a 1 mm and a 1.5 mm head; ``irem2021``, N4 and the report with ``benchmarks/simulated_head.py``.  Another machine is faster or slower, so that an
-estimate of seconds is good within a factor of about two.  Training on a GPU was not measured:
-its seconds are those of the CPU, which they do not exceed.
+deviation on a 1 mm and a 1.5 mm head; ``irem2021``, N4 and the report with
+``benchmarks/simulated_head.py``.  Another machine is faster or slower, so that an estimate of
+seconds is good within a factor of about two.  Training on a GPU was not measured: its seconds
+are those of the CPU, which they do not exceed.
 """
 
 from __future__ import annotations
