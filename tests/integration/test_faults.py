@@ -57,7 +57,7 @@ def test_several_processes_share_one_output(tmp_path: Path) -> None:
 
 def test_killed_and_started_again_until_done(tmp_path: Path) -> None:
     record = campaign(tmp_path, "kill_cohort", "--kills", "2", "--subjects", "1")
-    assert (record["kills"], record["images"]) == (2, 2)
+    assert (record["kills"], record["images"]) == (2, 3)  # two methods, one deviation
     assert record["files_watched"] > 10
 
 
@@ -95,7 +95,9 @@ def test_a_read_only_mount_is_73(tiny_dataset: Path, tmp_path: Path) -> None:
 
 def test_a_limit_of_the_size_of_files_is_74_as_a_quota_is(tmp_path: Path) -> None:
     cohorts.tiny_cohort(tmp_path / "bids", 1)
-    script = f'ulimit -f {20_000 // 512}; exec "$@"'
+    # coverage would fail to write its own file, which is larger
+    script = "unset COVERAGE_PROCESS_START COVERAGE_PROCESS_CONFIG; "
+    script += f'ulimit -f {20_000 // 512}; exec "$@"'
     code, log = cohorts.run(["sh", "-c", script, "sh", *cohorts.command(tmp_path, "out")], tmp_path)
     assert code == 74, log
     assert "File too large" in log
