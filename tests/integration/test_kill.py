@@ -29,7 +29,7 @@ def start(folder: Path, output: str, method: str) -> subprocess.Popen:
     """Start the app in its own process group."""
     config = folder / "slow.toml"
     slow = QUICK.replace("steps = 20", "steps = 300")
-    slow = slow.replace("epochs_2021 = 1\n", "epochs_2021 = 3\nbatch_size_2021 = 400\n")
+    slow = slow.replace("epochs_2021 = 1\n", "epochs_2021 = 25\nbatch_size_2021 = 400\n")
     config.write_text(slow + "checkpoint_seconds = 0.2\n")  # in [run], the last table
     command = [
         sys.executable, "-m", "irem_bids", str(folder / "bids"), str(folder / output),
