@@ -30,8 +30,8 @@ from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
 from irem_bids.reconstruction.protocol import Protocol
 from irem_bids.reconstruction.simulate import SimulatedStack, bias_field, simulate
-from irem_bids.reconstruction.uncertainty import METHODS, standard_deviation
-from irem_bids.settings import Settings
+from irem_bids.reconstruction.uncertainty import standard_deviation
+from irem_bids.settings import WITH_DEVIATION, Settings
 
 MOTION = {"motion_degrees": 4.0, "motion_mm": 4.0, "gain": 0.08}
 STRENGTHS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)  # of SRR's penalty, over the automatic one
@@ -237,7 +237,7 @@ class Bench:
                 self.prepared, found, self.simulated, self.protocol.bias
             )
         fitted = None
-        if self.calibrated and method in METHODS:
+        if self.calibrated and method in WITH_DEVIATION:
             fitted = gauge(image, found.grid, self.volume, self.grid, self.mask, threads=2)
             started, cpu = time.monotonic(), time.process_time()
             head = output_mask(self.prepared, found.grid)
@@ -273,30 +273,41 @@ def best_srr(bench: Bench, strengths: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder with the truths")
-    parser.add_argument("result", type=Path, help="JSON to write")
-    parser.add_argument("--case", choices=CASES, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=["bspline", "srr", "irem"])
-    parser.add_argument("--strengths", type=float, nargs="*", default=list(STRENGTHS))
-    parser.add_argument("--truth", help="another truth of the folder")
-    parser.add_argument("--crop", type=float, help="middle of the truth, mm")
-    parser.add_argument("--protocol", default="{}", help="changes of the protocol, JSON")
-    parser.add_argument("--set", nargs="*", default=[], help="section.option=JSON")
-    parser.add_argument(
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of a case, its truth and its seeds."""
+    out = argparse.ArgumentParser(description=description)
+    out.add_argument("data", type=Path, help="folder with the truths")
+    out.add_argument("result", type=Path, help="JSON to write")
+    out.add_argument("--case", choices=CASES, required=True)
+    out.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    out.add_argument("--strengths", type=float, nargs="*", default=list(STRENGTHS))
+    out.add_argument("--truth", help="another truth of the folder")
+    out.add_argument("--crop", type=float, help="middle of the truth, mm")
+    out.add_argument("--protocol", default="{}", help="changes of the protocol, JSON")
+    out.add_argument("--set", nargs="*", default=[], help="section.option=JSON")
+    out.add_argument("--threads", type=int, default=2)
+    out.add_argument(
         "--calibration", action="store_true", help="standard deviations against the errors"
     )
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    record: dict[str, Any] = {
-        "command": ["python", "benchmarks/development_cases.py", "DATA", "RESULT", *sys.argv[3:]],
+    return out
+
+
+def header(script: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the record of a case says before its seeds."""
+    return {
+        "command": ["python", f"benchmarks/{script}", "DATA", "RESULT", *sys.argv[3:]],
         "machine": machine(),
         "case": options.case,
         "seeds": {},
     }
+
+
+def main() -> None:
+    given = parser(__doc__)
+    given.add_argument("--methods", nargs="+", default=["bspline", "srr", "irem"])
+    options = given.parse_args()
+    torch.set_num_threads(options.threads)
+    record = header("development_cases.py", options)
     for seed in options.seeds:
         bench = Bench(options.case, seed, options.data, options)
         row: dict[str, Any] = {"protocol": vars(bench.protocol), "prepare_seconds": bench.seconds}

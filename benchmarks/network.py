@@ -7,19 +7,15 @@ predicted by plain linear interpolation, as before :mod:`irem_bids.reconstructio
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from development_cases import CASES, Bench, best_srr
-from simulated_head import machine
+from development_cases import Bench, best_srr, header, parser
 
 from irem_bids.reconstruction import acquisition
 
@@ -33,26 +29,9 @@ def trilinear() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder with the truths")
-    parser.add_argument("result", type=Path, help="JSON to write")
-    parser.add_argument("--case", choices=CASES, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--strengths", type=float, nargs="*", default=[0.7, 1.4, 2.0])
-    parser.add_argument("--truth", help="another truth of the folder")
-    parser.add_argument("--crop", type=float, help="middle of the truth, mm")
-    parser.add_argument("--protocol", default="{}", help="changes of the protocol, JSON")
-    parser.add_argument("--set", nargs="*", default=[], help="section.option=JSON")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.set_defaults(calibration=False)
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     torch.set_num_threads(options.threads)
-    record: dict[str, Any] = {
-        "command": ["python", "benchmarks/network.py", "DATA", "RESULT", *sys.argv[3:]],
-        "machine": machine(),
-        "case": options.case,
-        "seeds": {},
-    }
+    record = header("network.py", options)
     for seed in options.seeds:
         bench = Bench(options.case, seed, options.data, options)
         plain = bench.settings.updated({"irem": {"steps": 0}})

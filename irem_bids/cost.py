@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .log import duration
 from .resources import Resources
-from .settings import Settings
+from .settings import WITH_DEVIATION, Settings
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -85,7 +85,7 @@ def estimate(group: Group, settings: Settings, resources: Resources) -> Cost:
         else:
             once, each = METHODS[method]
             seconds += once + each * millions * share
-        if settings.output.uncertainty and method in ("irem", "srr"):
+        if settings.output.uncertainty and method in WITH_DEVIATION:
             seconds += UNCERTAINTY[0] + UNCERTAINTY[1] * millions * share
     seconds += REPORT[0] + REPORT[1] * millions
     arrays = training_gb(group, settings)

@@ -30,7 +30,7 @@ from . import __version__, completion, derivatives, log, stop
 from .atomic import write_json
 from .products import Result
 from .resources import Meter, claimed_device
-from .settings import Settings
+from .settings import WITH_DEVIATION, Settings
 
 FAILURE_FILE = "failure.json"
 LOG = logging.getLogger(log.PACKAGE)
@@ -284,7 +284,7 @@ class Reconstruct(Step):
             metrics = quality(prepared, result, settings, values)
             costs = [meter.read("reconstruct", device)]
             mask, deviation = output_mask(prepared, grid), None
-            if settings.output.uncertainty and result.method in uncertainty.METHODS:
+            if settings.output.uncertainty and result.method in WITH_DEVIATION:
                 stop.check()
                 meter = Meter()
                 deviation = uncertainty.standard_deviation(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 METHODS = ("irem", "irem2021", "srr", "bspline")
+WITH_DEVIATION = ("irem", "srr")  # methods with a forward model that can be repeated
 MODALITIES = ("T1w", "T2w", "PDw", "FLAIR")
 
 

@@ -65,23 +65,33 @@ def _inside(matrix: Any, sizes: Any, start: Any, low: int, high: int) -> tuple[i
     return int(np.ceil(first)), int(np.floor(last)) + 1
 
 
+@inner
+def _places(
+    matrix: Any, sizes: Any, start: Any, low: Any, high: Any, at: Any, part: Any
+) -> tuple[int, int]:
+    """Bounds of a line's points with eight neighbours, and :func:`.operator_cpu.place` of each."""
+    ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
+    dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
+    px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
+    a, b = _inside(matrix, sizes, start, low, high)
+    for n in range(b - a):
+        t = np.float32(np.int32(n + a))
+        place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
+    return a, b
+
+
 @compiled
 def _look_up(
     volume: Any, sizes: Any, matrix: Any, lines: Any, longest: Any, out: Any, ends: Any
 ) -> None:
     """The volume (flat) at the lattice's points; ``lines`` (D0, D1, 2) bound its third axis."""
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
-    dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
     at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
     for d0 in range(ends[0], ends[1]):
         for d1 in range(lines.shape[1]):
             low, high = lines[d0, d1, 0], lines[d0, d1, 1]
             start = _start(matrix, d0, d1)
-            a, b = _inside(matrix, sizes, start, low, high)
-            px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
-            for n in range(b - a):
-                t = np.float32(np.int32(n + a))
-                place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
+            a, b = _places(matrix, sizes, start, low, high, at, part)
             for n in range(b - a):
                 u, v, w = part[0, n], part[1, n], part[2, n]
                 out[d0, d1, n + a] = value_at(volume, ny, nz, at[n], u, v, w)
@@ -171,7 +181,6 @@ def _spread(
 ) -> None:  # fmt: skip
     """Adjoint of sum and look-up: ``rows`` (dense) are added to the volume ``out`` (flat)."""
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
-    dx, dy, dz = np.float32(matrix[0, 2]), np.float32(matrix[1, 2]), np.float32(matrix[2, 2])
     at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
     buffer = np.empty(longest, np.float32)
     for d0 in range(ends[0], ends[1]):
@@ -182,11 +191,7 @@ def _spread(
             line = buffer[: high - low]
             _line_values(rows, axis, fine, coarse, weights, d0, d1, line, low)
             start = _start(matrix, d0, d1)
-            a, b = _inside(matrix, sizes, start, low, high)
-            px, py, pz = np.float32(start[0]), np.float32(start[1]), np.float32(start[2])
-            for n in range(b - a):
-                t = np.float32(np.int32(n + a))
-                place(px + t * dx, py + t * dy, pz + t * dz, ny, nz, n, at, part)
+            a, b = _places(matrix, sizes, start, low, high, at, part)
             for d2 in range(low, high):
                 value = line[d2 - low]
                 if value == 0:

@@ -28,33 +28,44 @@ inner = _njit(**_OPTIONS, no_cpython_wrapper=True)  # called from compiled loops
 
 
 @inner
+def _corner(corner: Any, sizes: Any, x: Any, y: Any, z: Any) -> tuple[Any, Any]:
+    """Flat index and weight of one of eight neighbours; -1 where it is outside the volume."""
+    nx, ny, nz = sizes
+    a, b, c = corner >> 2, corner >> 1 & 1, corner & 1
+    i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
+    u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+    f = (u if a else 1 - u) * (v if b else 1 - v) * (w if c else 1 - w)
+    if 0 <= i + a < nx and 0 <= j + b < ny and 0 <= k + c < nz:
+        return ((i + a) * ny + j + b) * nz + k + c, f
+    return -1, f
+
+
+@inner
+def _near(sizes: Any, x: Any, y: Any, z: Any) -> bool:
+    """Whether a point has any neighbour in the volume."""
+    return -1 < x < sizes[0] and -1 < y < sizes[1] and -1 < z < sizes[2]
+
+
+@inner
 def edge_value(volume: Any, sizes: Any, x: Any, y: Any, z: Any) -> Any:
     """Trilinear in a flat volume, 0 outside of it."""
-    nx, ny, nz = sizes
     total = np.float32(0)
-    if -1 < x < nx and -1 < y < ny and -1 < z < nz:
-        i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
-        u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+    if _near(sizes, x, y, z):
         for corner in range(8):
-            a, b, c = corner >> 2, corner >> 1 & 1, corner & 1
-            if 0 <= i + a < nx and 0 <= j + b < ny and 0 <= k + c < nz:
-                f = (u if a else 1 - u) * (v if b else 1 - v) * (w if c else 1 - w)
-                total += f * volume[((i + a) * ny + j + b) * nz + k + c]
+            at, f = _corner(corner, sizes, x, y, z)
+            if at >= 0:
+                total += f * volume[at]
     return total
 
 
 @inner
 def edge_spread(out: Any, sizes: Any, x: Any, y: Any, z: Any, value: Any) -> None:
     """Adjoint of :func:`edge_value`."""
-    nx, ny, nz = sizes
-    if -1 < x < nx and -1 < y < ny and -1 < z < nz:
-        i, j, k = int(x + 1) - 1, int(y + 1) - 1, int(z + 1) - 1
-        u, v, w = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+    if _near(sizes, x, y, z):
         for corner in range(8):
-            a, b, c = corner >> 2, corner >> 1 & 1, corner & 1
-            if 0 <= i + a < nx and 0 <= j + b < ny and 0 <= k + c < nz:
-                f = (u if a else 1 - u) * (v if b else 1 - v) * (w if c else 1 - w)
-                out[((i + a) * ny + j + b) * nz + k + c] += f * value
+            at, f = _corner(corner, sizes, x, y, z)
+            if at >= 0:
+                out[at] += f * value
 
 
 @inner
@@ -187,10 +198,7 @@ def _derivatives(
     for n in range(ends[0], ends[1]):
         k = index[n, axis]
         m, d, e = maps[k], steps[k], through[k]
-        a, b, c = float(index[n, 0]), float(index[n, 1]), float(index[n, 2])
-        px = m[0, 0] * a + m[0, 1] * b + m[0, 2] * c + m[0, 3]
-        py = m[1, 0] * a + m[1, 1] * b + m[1, 2] * c + m[1, 3]
-        pz = m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3]
+        px, py, pz = _centre(index, m, n)
         arm_slope[:] = 0
         slope[:] = 0
         width = 0.0

@@ -39,7 +39,6 @@ from .prepare import Prepared
 from .solution import Job, Prediction, Progress, State, build_system, solve_linear
 from .stack import Mask
 
-METHODS = ("irem", "srr")  # that have a forward model to repeat
 PASSED, SUPPRESSED = 0.6, 0.25  # of the power of a wave, by the slice profile
 SHELL = 0.0125  # width of the shells of |k|, cycles per voxel
 SMOOTH = 2.0  # voxels: standard deviation of the Gaussian that averages squared errors
@@ -64,7 +63,7 @@ def standard_deviation(
     Parameters
     ----------
     image
-        (X, Y, Z) the result; the method of ``result`` is one of :data:`METHODS`.
+        (X, Y, Z) the result; the method of ``result`` is one of ``settings.WITH_DEVIATION``.
     mask
         (X, Y, Z) of the head.  Outside the standard deviation is 0; inside, where no stack
         sees anything, it is the root mean square of the image.

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,21 @@ def test_a_disk_that_is_full_and_one_that_fills(tmp_path: Path) -> None:
     assert all(row["rerun"] == 0 for row in record["levels"])
 
 
-def test_a_read_only_mount_is_73(tiny_dataset: Path, tmp_path: Path) -> None:
-    out = tmp_path / "readonly"
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(out)]
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A tmpfs on a new folder; the test is skipped where nothing can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_read_only_mount_is_73(tiny_dataset: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "readonly", "ro,size=1m") as out:
         words = [
             str(tiny_dataset),
             str(out / "o"),
@@ -85,8 +95,6 @@ def test_a_read_only_mount_is_73(tiny_dataset: Path, tmp_path: Path) -> None:
         code, log = cohorts.run([sys.executable, "-m", "irem_bids", *words], tmp_path)
         inside, text = cohorts.run([sys.executable, "-m", "irem_bids", *words[:1], str(out),
                                     *words[2:]], tmp_path)  # fmt: skip
-    finally:
-        subprocess.run(["umount", "-l", str(out)], check=True)
     for found, said in ((code, log), (inside, text)):
         assert found == 73, said
         assert said.count("irem-bids: error: ") == 1
@@ -106,17 +114,10 @@ def test_a_limit_of_the_size_of_files_is_74_as_a_quota_is(tmp_path: Path) -> Non
 
 
 def test_a_mount_that_is_lost_under_a_run_is_told(tmp_path: Path) -> None:
-    out = tmp_path / "mounted"
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(out)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
+    with mounted(tmp_path / "mounted", "size=1m") as out:
         run = cohort.open_run(tmp_path, out, SETTINGS)
         write_text(run.settings_file, "[run]\n")
         cohort.check_output(run)
-    finally:
-        subprocess.run(["umount", "-l", str(out)], check=True)
     with pytest.raises(UserError, match="was a mount lost") as caught:
         cohort.check_output(run)
     assert caught.value.code is ExitCode.IO_ERROR
