@@ -182,7 +182,7 @@ class Irem:
 
     refine_poses: bool = option(True, "refine poses and gains together with the image")
     pose_rounds: int = option(
-        4, "joint Gauss-Newton rounds for image, poses and gains", low=0, high=50
+        3, "joint Gauss-Newton rounds for image, poses and gains", low=0, high=50
     )
     motion: str = option(
         "auto",
@@ -198,8 +198,8 @@ class Irem:
     steps: int = option(
         250, "training steps on a simulated repeat of the scan; 0: no network", low=0, high=10**6
     )
-    batch_size: int = option(6, "blocks of 24 x 24 x 24 voxels per step", low=1, high=1024)
-    learning_rate: float = option(2e-3, "learning rate of the network", low=0.0)
+    batch_size: int = option(2, "blocks of 24 x 24 x 24 voxels per step", low=1, high=1024)
+    learning_rate: float = option(3e-3, "learning rate of the network", low=0.0)
 
 
 @dataclass(frozen=True)

@@ -387,9 +387,9 @@ class StackModel:
             self._lattice = Lattice(self.index, self._shape, self._axis, taps, matrix)
         return self._lattice
 
-    def forward(self, volume: Tensor) -> Tensor:
-        """(X, Y, Z) to (N,), before the receiver."""
-        volume = sharpened(volume, self.sharpness)
+    def forward(self, volume: Tensor, room: Tensor | None = None) -> Tensor:
+        """(X, Y, Z) to (N,), before the receiver; ``room`` (X, Y, Z) may be written over."""
+        volume = sharpened(volume, self.sharpness, room)
         if self.device.type != "cpu":
             return operator_torch.forward(volume, self._on_device())
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
@@ -403,12 +403,15 @@ class StackModel:
         """Partial volumes that :meth:`add_adjoint` fills."""
         return operator_cpu.BLOCKS if self.device.type == "cpu" else 1
 
-    def add_adjoint(self, values: Tensor, out: Tensor) -> None:
-        """Add the adjoint of (N,) to ``out`` (:attr:`parts`, X, Y, Z), spread over its parts."""
+    def add_adjoint(self, values: Tensor, out: Tensor, room: Tensor | None = None) -> None:
+        """Add the adjoint of (N,) to ``out`` (:attr:`parts`, X, Y, Z), spread over its parts.
+
+        ``room``, of the shape of ``out``, may be written over.
+        """
         if not self.sharpness.any():
             self.spread(values, out)
             return
-        parts = torch.zeros_like(out)
+        parts = torch.zeros_like(out) if room is None else room.zero_()
         self.spread(values, parts)
         add_sharpened(parts, self.sharpness, out[0])
 

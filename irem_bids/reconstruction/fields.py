@@ -17,7 +17,7 @@ from torch import Tensor
 from .geometry import Grid
 
 TRUST = 0.5  # of what the network adds: a rehearsal knows only detail that the solution has
-SLAB = 16  # voxels of a volume that the network works on at a time, along the first axis
+SLAB = 32  # voxels of a volume that the network works on at a time, along the first axis
 
 
 class ModelError(ValueError):
@@ -130,7 +130,8 @@ class ResidualField(_Box):
             layer = torch.nn.utils.skip_init(torch.nn.Conv3d, inputs, outputs, 3)
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=random)
             torch.nn.init.zeros_(layer.bias)
-            self.network.append(layer)
+            # the order in which the CPU's convolutions work: none is turned at each step
+            self.network.append(layer.to(memory_format=torch.channels_last_3d))
         torch.nn.init.zeros_(layer.weight)
         self.register_buffer("whole", None, persistent=False)
 
@@ -146,7 +147,7 @@ class ResidualField(_Box):
         """(B, X, Y, Z) of the linear solution to the residual, :attr:`reach` less on each side."""
         hidden = patches[:, None]
         for layer in self.network[:-1]:
-            hidden = torch.relu(layer(hidden))
+            hidden = torch.relu_(layer(hidden))
         return self.options["scale"] * self.network[-1](hidden)[:, 0]
 
     @torch.no_grad()
@@ -154,18 +155,20 @@ class ResidualField(_Box):
         """(X, Y, Z) the residual on the grid of the linear solution, slab by slab."""
         volume, edge = self.base.volume, self.reach
         out = torch.zeros_like(volume)
-        where = volume.nonzero()
-        if not len(where):
-            return out
-        low, high = where.amin(0).tolist(), (where.amax(0) + 1).tolist()
-        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        padded = torch.nn.functional.pad(volume[box][None, None], (edge,) * 6)[0, 0]
-        inner = out[box]
-        for first in range(0, len(inner), SLAB):
-            last = min(first + SLAB, len(inner))
-            inner[first:last] = self.missing(padded[None, first : last + 2 * edge])[0]
-        inner *= TRUST * (volume[box] != 0)
+        padded = torch.nn.functional.pad(volume[None, None], (edge,) * 6)[0, 0]
+        for first in range(0, len(volume), SLAB):
+            box = _filled(volume[first : first + SLAB])
+            if box is None:
+                continue
+            box = (slice(box[0].start + first, box[0].stop + first), *box[1:])
+            wide = tuple(slice(side.start, side.stop + 2 * edge) for side in box)
+            out[box] = self.missing(padded[wide][None])[0] * (TRUST * (volume[box] != 0))
         return out
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network adds anything at all."""
+        return any(bool(p.any()) for p in self.network[-1].parameters())
 
     def forget(self) -> None:
         """The network has changed: the residual is computed again when next asked for."""
@@ -174,7 +177,8 @@ class ResidualField(_Box):
     def corrected(self) -> Tensor:
         """(X, Y, Z) the linear solution with what is learned beyond it."""
         if self.whole is None:
-            self.whole = self.base.volume + self.learned()
+            volume = self.base.volume
+            self.whole = volume + self.learned() if self.trained else volume
         return self.whole
 
     def forward(self, points: Tensor) -> Tensor:
@@ -182,6 +186,15 @@ class ResidualField(_Box):
 
     def nodes(self, grid: Grid) -> Tensor | None:
         return self.corrected() if grid == self.grid else None
+
+
+def _filled(volume: Tensor) -> tuple[slice, slice, slice] | None:
+    """The smallest box with all that is not 0; None where all is."""
+    where = volume.nonzero()
+    if not len(where):
+        return None
+    low, high = where.amin(0).tolist(), (where.amax(0) + 1).tolist()
+    return slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])
 
 
 def _look_up(table: Tensor, unit: Tensor) -> Tensor:

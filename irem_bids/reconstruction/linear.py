@@ -138,12 +138,13 @@ class _Descent:
         self.kernels, self.where, self.prior = system.kernels, system.spans, prior
         self.terms = list(zip(system.models, system.factors(), metrics, strict=True))
         self.diagonal, self.parts = system.diagonal, system.empty_parts()
+        self.room = torch.empty_like(self.parts)  # memory that is new costs as much as its use
         self.volume = start.clone()
         self.edges, self.inverse = torch.empty_like(start), torch.zeros_like(start)
         self.residual, self.direction = torch.zeros_like(start), torch.zeros_like(start)
         for model, factor, metric in self.terms:
-            rest = metric.target(model.values - factor * model.forward(start))
-            model.add_adjoint(-(factor * rest), self.parts)
+            rest = metric.target(model.values - factor * model.forward(start, self.room[0]))
+            model.add_adjoint(-(factor * rest), self.parts, self.room)
         self._weigh()
         self.kernels.normal(self.volume, self.edges, self.parts, self.where)
         self.product = self._move(0.0, 1.0)
@@ -176,8 +177,8 @@ class _Descent:
             if self.product <= limit:
                 break
             for model, factor, metric in self.terms:
-                image = metric.apply(factor * model.forward(self.direction))
-                model.add_adjoint(factor * image, self.parts)
+                image = metric.apply(factor * model.forward(self.direction, self.room[0]))
+                model.add_adjoint(factor * image, self.parts, self.room)
             curvature = self.kernels.normal(self.direction, self.edges, self.parts, self.where)
             if curvature <= 0:
                 self.parts.zero_()

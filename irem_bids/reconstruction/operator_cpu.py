@@ -8,9 +8,11 @@ The plain twin of this module, and its oracle in the tests, is :mod:`.operator_t
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -260,17 +262,33 @@ def _factors(voxels: Any, bias: Any, gain: Any, out: Any, ends: Any) -> None:
         out[n] = gain * np.exp(value)
 
 
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads that are kept: to start one costs as much as a block of a coarse level."""
+    return ThreadPoolExecutor(BLOCKS - 1, thread_name_prefix="block")
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not live on in a child
+
+
 def in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]], None]) -> None:
-    """``work(block, (first, end))`` for each of ``BLOCKS`` parts of ``range(count)``."""
+    """``work(block, (first, end))`` for each of ``BLOCKS`` parts of ``range(count)``.
+
+    The caller's thread does the first; ``work`` itself must not call this.
+    """
     edges = [count * block // BLOCKS for block in range(BLOCKS + 1)]
     pairs = [np.array(pair) for pair in itertools.pairwise(edges)]
     if threads <= 1:
         for block, ends in enumerate(pairs):
             work(block, ends)
         return
-    with ThreadPoolExecutor(min(BLOCKS, threads)) as pool:
-        for done in [pool.submit(work, block, ends) for block, ends in enumerate(pairs)]:
-            done.result()
+    others = [_helpers().submit(work, block, pairs[block]) for block in range(1, BLOCKS)]
+    try:
+        work(0, pairs[0])
+    finally:
+        wait(others)  # they write where the caller may soon write
+    for other in others:
+        other.result()
 
 
 def _arguments(rows: Rows, shape: tuple[int, ...]) -> tuple[Any, ...]:

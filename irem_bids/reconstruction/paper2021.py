@@ -165,7 +165,7 @@ class PaperNetwork(Field):
                         scale = norm.weight / torch.sqrt(cast(Tensor, variance).double() + norm.eps)
                         weight = weight * scale[:, None]
                         bias = (bias - cast(Tensor, mean)) * scale + norm.bias
-                    pairs.append((weight.float(), bias.float()))
+                    pairs.append((weight.to(linear.weight.dtype), bias.to(linear.bias.dtype)))
             self._folded = pairs
         return self._folded
 

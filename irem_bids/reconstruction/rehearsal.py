@@ -26,7 +26,7 @@ from .linear import Prior, solve
 from .solution import Job, Linear, State, build_system, carry
 from .stack import Stack
 
-EDGE = 84  # voxels of the block
+EDGE = 72  # voxels of the block
 BORDER = 8  # voxels at its faces that teach nothing: their slices reach beyond
 FEWEST = 50  # voxels of each stack in it
 

@@ -42,8 +42,8 @@ def amounts(rows: Rows) -> NDArray[np.float32]:
 
 
 @compiled
-def _add(parts: Any, each: Any, out: Any, ends: Any) -> None:
-    """Add the sharpened sum of ``parts`` (P, X, Y, Z) to ``out`` (X, Y, Z)."""
+def _add(parts: Any, each: Any, out: Any, afresh: Any, ends: Any) -> None:
+    """Add the sharpened sum of ``parts`` (P, X, Y, Z) to ``out`` (X, Y, Z), or to 0."""
     count, nx, ny, nz = parts.shape
     a, b, c = each[0], each[1], each[2]
     for i in range(ends[0], ends[1]):
@@ -51,6 +51,8 @@ def _add(parts: Any, each: Any, out: Any, ends: Any) -> None:
         for j in range(ny):
             above, below = max(j - 1, 0), min(j + 1, ny - 1)
             line = out[i, j]
+            if afresh:
+                line[:] = 0
             for p in range(count):
                 here = parts[p, i, j]
                 one, two = parts[p, left, j], parts[p, right, j]
@@ -65,15 +67,22 @@ def _add(parts: Any, each: Any, out: Any, ends: Any) -> None:
                 line[nz - 1] += c * (here[nz - 1] - here[nz - 2])
 
 
-def add_sharpened(parts: Tensor, each: NDArray[np.float32], out: Tensor) -> None:
+def add_sharpened(
+    parts: Tensor, each: NDArray[np.float32], out: Tensor, *, afresh: bool = False
+) -> None:
     """Add the sharpened sum of ``parts`` (P, X, Y, Z) to ``out`` (X, Y, Z): symmetric, so that
-    it is its own adjoint; at the volume's ends the second difference is a first one."""
+    it is its own adjoint; at the volume's ends the second difference is a first one.
+
+    ``afresh``: what stood in ``out`` does not count.
+    """
     if parts.device.type == "cpu" and min(parts.shape[1:]) > 1:
         given, total = parts.numpy(), out.numpy()
         threads = torch.get_num_threads()
-        in_blocks(len(total), threads, lambda _, ends: _add(given, each, total, ends))
+        in_blocks(len(total), threads, lambda _, ends: _add(given, each, total, afresh, ends))
         return
     volume = parts.sum(0)
+    if afresh:
+        out.zero_()
     out += volume
     for axis in range(3):
         size = volume.shape[axis] - 1
@@ -82,10 +91,13 @@ def add_sharpened(parts: Tensor, each: NDArray[np.float32], out: Tensor) -> None
         out.narrow(axis, 1, size).add_(step)
 
 
-def sharpened(volume: Tensor, each: NDArray[np.float32]) -> Tensor:
-    """The volume (X, Y, Z) less ``each`` (3,) times its second differences."""
+def sharpened(volume: Tensor, each: NDArray[np.float32], room: Tensor | None = None) -> Tensor:
+    """The volume (X, Y, Z) less ``each`` (3,) times its second differences.
+
+    ``room`` (X, Y, Z) may be written over.
+    """
     if not each.any():
         return volume
-    out = torch.zeros_like(volume)
-    add_sharpened(volume.contiguous()[None], each, out)
+    out = torch.empty_like(volume) if room is None else room
+    add_sharpened(volume.contiguous()[None], each, out, afresh=True)
     return out

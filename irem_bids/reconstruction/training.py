@@ -70,6 +70,7 @@ class Training:
         }
         self.best = float("inf")
         self.best_state: dict[str, Tensor] = {}
+        self.best_image: Tensor | None = None  # of this run; what was resumed has none yet
         self.pieces, self.retreat = Pieces("training"), Retreat()
         self.good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
@@ -90,11 +91,6 @@ class Training:
     def doubts(self) -> list[str]:
         """What the report should say of it."""
         return self.pieces.doubts + self.retreat.doubts
-
-    @property
-    def used(self) -> bool:
-        """Whether the network is more than its untrained self."""
-        return any(bool(p.any()) for p in self.field.network[-1].parameters())
 
     def run(self, path: Path | None, seconds: float, progress: Progress | None) -> None:
         """All steps that are left; a checkpoint at ``path`` every ``seconds``."""
@@ -118,7 +114,7 @@ class Training:
         if self.history["held_out_step"][-1] != self.step:
             self.judge()
         self.field.load_state_dict(self.best_state | self._base)
-        self.field.forget()
+        self.field.whole = self.best_image
 
     def advance(self) -> None:
         """One step of Adam; the learning rate rises, then falls along a cosine."""
@@ -192,9 +188,7 @@ class Training:
         """
         self.field.forget()
         with torch.no_grad():
-            volume = self.field.base.volume
-            if self.step:
-                volume = volume + self.field.learned()
+            volume = self.field.corrected()
             error = self.held_out(volume) if self.held_out else 0.0
         if not np.isfinite(error):
             if not self.step:
@@ -207,7 +201,7 @@ class Training:
         self.history["held_out_step"].append(self.step)
         self.history["held_out"].append(error)
         if error < self.best or not self.held_out:
-            self.best = error
+            self.best, self.best_image = error, volume
             self.best_state = {
                 k: v.clone() for k, v in self.field.state_dict().items() if k != "base.volume"
             }
@@ -250,6 +244,7 @@ class Training:
         """Take up what :meth:`state` gave."""
         self.field.load_state_dict(_part(tensors, "field.") | self._base)
         self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()}
+        self.best_image = None
         adam: dict[int, dict[str, Any]] = {}
         for name, value in _part(tensors, "adam.").items():
             index, key = name.split(".", 1)

@@ -290,9 +290,12 @@ def test_untrained_field_is_its_volume_and_gradients_reach_every_layer() -> None
 
 def test_learned_residual_does_not_depend_on_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     field = ResidualField((23, 9, 10), np.eye(4).tolist(), hidden=8, layers=4, scale=0.1)
-    field.base.volume.copy_(torch.rand(23, 9, 10, generator=torch.Generator().manual_seed(1)))
+    volume = torch.rand(23, 9, 10, generator=torch.Generator().manual_seed(1))
+    volume[:6], volume[12:15, 4:], volume[:, :2], volume[:, :, 8:] = 0, 0, 0, 0  # boxes differ
+    field.base.volume.copy_(volume)
     torch.nn.init.normal_(field.network[-1].weight)
     whole = field.learned()
+    assert bool(whole.any())
     monkeypatch.setattr(fields, "SLAB", 5)
     assert torch.allclose(field.learned(), whole, atol=1e-6)
 

@@ -87,7 +87,7 @@ def test_memory_that_ends_halves_the_batch_and_the_result_stays() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "80"],
+        [sys.executable, "-c", LIMITED, "60"],
         capture_output=True,
         text=True,
         check=False,
