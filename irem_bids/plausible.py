@@ -175,4 +175,4 @@ def _without(stack: Stack, held: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 def centre_of(stack: Stack) -> NDArray[np.float64]:
     """World position (3,) of the middle of a stack's foreground, mm."""
-    return stack.grid.to_world(np.argwhere(stack.mask).mean(axis=0))
+    return stack.grid.middle_of(stack.mask)

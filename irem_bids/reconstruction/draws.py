@@ -87,7 +87,7 @@ def _nested(matrix: NDArray) -> Any:
 def draw(protocol: Protocol, truth: NDArray, grid: Grid) -> tuple[StackDraw, ...]:
     """Draw the random parameters of each stack of ``protocol`` for a truth volume."""
     mask = head_mask(truth)
-    centre = grid.to_world(np.argwhere(mask).mean(axis=0))
+    centre = grid.middle_of(mask)
     signal = float(np.asarray(truth, dtype=np.float64)[mask].mean())
     sigma = signal / protocol.snr if protocol.snr else 0.0
     children = np.random.SeedSequence(protocol.seed).spawn(len(protocol.orientations))

@@ -57,7 +57,7 @@ def evaluate(
     inside = head_mask(volume) if mask is None else np.asarray(mask, dtype=bool)
     found = gauge(*reconstruction, volume, grid, inside, threads=threads)
     raw, _ = resample_near(*reconstruction, grid, inside, RigidTransform(), threads)
-    centre = grid.to_world(np.argwhere(inside).mean(axis=0))
+    centre = grid.middle_of(inside)
     vector = found.transform.to_vector(centre)
     peak = float(np.percentile(volume[inside], 99.9))
     rotation, translation = np.rad2deg(vector[:3]).tolist(), vector[3:].tolist()

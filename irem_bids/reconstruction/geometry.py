@@ -84,6 +84,17 @@ class Grid:
         offset = np.asarray(points, dtype=np.float64) - self.affine[:3, 3]
         return offset @ np.linalg.inv(self.affine[:3, :3]).T
 
+    def middle_of(self, mask: NDArray[np.bool_]) -> FloatArray:
+        """(3,) mean position of the voxels of a mask, mm; the grid's centre if it is empty."""
+        middle = []
+        for axis in range(3):
+            others = tuple(a for a in range(3) if a != axis)
+            counts = np.count_nonzero(mask, axis=others)
+            if not counts.any():
+                return self.centre
+            middle.append(counts @ np.arange(len(counts)) / counts.sum())
+        return self.to_world(middle)
+
     def corners(self) -> FloatArray:
         """(8, 3) outer corners of the corner voxels (not their centres), world mm."""
         low, high = np.full(3, -0.5), np.array(self.shape) - 0.5

@@ -258,7 +258,7 @@ def _stack_poses(job: Job, state: State) -> list[RigidTransform]:
     poses = []
     for stack, each in zip(job.prepared.stacks, state.poses, strict=True):
         others = tuple(a for a in range(3) if a != stack.slice_axis)
-        centre = stack.grid.to_world(np.argwhere(stack.mask).mean(axis=0))
+        centre = stack.grid.middle_of(stack.mask)
         poses.append(mean_pose(each, centre, stack.mask.sum(axis=others)))
     return poses
 
@@ -381,4 +381,4 @@ def quality(
 
 def _centre(prepared: Prepared) -> np.ndarray:
     stack = prepared.stacks[prepared.reference]
-    return stack.grid.to_world(np.argwhere(stack.mask).mean(axis=0))
+    return stack.grid.middle_of(stack.mask)

@@ -117,7 +117,7 @@ def _optimise(
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
 
     initial = sitk.Euler3DTransform()
-    centre = fixed.grid.to_world(np.argwhere(fixed.mask).mean(axis=0))
+    centre = fixed.grid.middle_of(fixed.mask)
     initial.SetCenter([float(v) for v in FLIP[:3, :3] @ centre])
     # ITK maps points of the fixed image to the moving image: the inverse of the pose
     inverse = FLIP @ start.inverse().matrix @ FLIP
@@ -142,8 +142,8 @@ def _orthonormal(matrix: NDArray) -> NDArray:
 
 def starting_poses(fixed: Isotropic, moving: Isotropic, count: int) -> list[RigidTransform]:
     """Centres of mass together, then turned by +-20 and +-40 degrees about each axis."""
-    goal = fixed.grid.to_world(np.argwhere(fixed.mask).mean(axis=0))
-    centre = moving.grid.to_world(np.argwhere(moving.mask).mean(axis=0))
+    goal = fixed.grid.middle_of(fixed.mask)
+    centre = moving.grid.middle_of(moving.mask)
     shift = goal - centre
     turns = [np.zeros(3)] + [
         np.deg2rad(size) * sign * np.eye(3)[axis]

@@ -81,7 +81,7 @@ def _turned(job: Job, volume: NDArray[np.float32]) -> tuple[Grid, _Turned, NDArr
     """The block's grid, the turned image, and (X, Y, Z) where the block shows the head."""
     shape = np.array(volume.shape)
     inside = volume != 0
-    middle = np.argwhere(inside).mean(axis=0) if inside.any() else (shape - 1) / 2
+    middle = job.grid.to_index(job.grid.middle_of(inside))
     size = np.minimum(shape, EDGE)
     low = np.clip(np.rint(middle - (size - 1) / 2), 0, shape - size).astype(int)
     affine = np.array(job.grid.affine)

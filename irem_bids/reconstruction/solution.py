@@ -260,18 +260,17 @@ class _Solver:
             grid = self.job.grid if level == 1 else self.job.grid.resampled(level * voxel)
             self._enter(grid)
             system, prior = build_system(self.job, grid, self.state), self.prior.on_grid(level)
-            start = self.volume
-            if start is None:
-                start = torch.zeros(grid.shape, device=self.job.device)
-            iterations, turns = (20, 2) if level > 1 else (6, 1)
-            if level > 1 or self.refined:
-                self.volume = solve(system, start, prior, iterations=iterations, reweightings=turns)
+            if level > 1:  # at the last level the rounds, or the image itself, begin at once
+                start = self.volume
+                if start is None:
+                    start = torch.zeros(grid.shape, device=self.job.device)
+                self.volume = solve(system, start, prior, iterations=20, reweightings=2)
             if self.refined:
                 system = self._refine(system, prior, level)
             self.state = State.of(system, self.state.paths)
             self.progress(0.6 * (number + 1) / len(levels), f"level {number + 1} of {len(levels)}")
-        # the rounds on this grid have already done half of the work
-        iterations = options.srr_iterations // 2 if self.refined else options.srr_iterations
+        # the rounds on this grid have already done most of the work
+        iterations = options.srr_iterations // 3 if self.refined else options.srr_iterations
         self.volume = solve(
             system,
             self._volume,

@@ -89,7 +89,7 @@ def _compare_grid(stack: Stack) -> tuple[Grid, dict[str, int]]:
     part = views.crop(full, head_limits(full.data, full.grid))
     extent = np.array(part.grid.shape) * part.grid.voxel_size
     grid = part.grid.resampled(max(float(part.grid.voxel_size.min()), float(extent.max()) / 200))
-    centre = part.grid.to_world(np.argwhere(part.data).mean(axis=0))
+    centre = part.grid.middle_of(part.data)
     return grid, middle_index(grid, centre)
 
 

@@ -227,6 +227,6 @@ def pose_table(
     how far the middle of the head was moved.
     """
     fixed = stacks[reference]
-    centre = fixed.grid.to_world(np.argwhere(fixed.mask).mean(axis=0))
+    centre = fixed.grid.middle_of(fixed.mask)
     vectors = np.array([pose.to_vector(centre) for pose in poses])
     return np.rad2deg(vectors[:, :3]), vectors[:, 3:]

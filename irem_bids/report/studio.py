@@ -84,9 +84,7 @@ def around_head(
     mask = views.canonical(result.mask, result.grid)
     limits = head_limits(mask.data, mask.grid)
     part = views.crop(views.canonical(values, result.grid), limits)
-    inside = np.argwhere(views.crop(mask, limits).data)
-    centre = part.grid.to_world(inside.mean(axis=0)) if len(inside) else part.grid.centre
-    return part, middle_index(part.grid, centre)
+    return part, middle_index(part.grid, part.grid.middle_of(views.crop(mask, limits).data))
 
 
 def middle_index(grid: Grid, centre: NDArray[np.float64]) -> dict[str, int]:

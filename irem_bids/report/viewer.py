@@ -97,8 +97,7 @@ def common_grid(result: MethodResult) -> tuple[Grid, tuple[int, int, int]]:
     extent = float((np.array(part.grid.shape) * part.grid.voxel_size).max())
     voxel = max(float(part.grid.voxel_size.min()), extent / LONGEST)
     grid = part.grid.resampled(voxel)
-    where = np.argwhere(part.data)
-    centre = part.grid.to_world(where.mean(axis=0)) if len(where) else part.grid.centre
+    centre = part.grid.middle_of(part.data)
     index = np.clip(np.round(grid.to_index(centre)), 0, np.array(grid.shape) - 1).astype(int)
     return grid, (int(index[0]), int(index[1]), int(index[2]))
 

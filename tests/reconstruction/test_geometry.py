@@ -88,3 +88,14 @@ def test_plane_comes_from_the_normal(axis: int, name: str) -> None:
     grid = Grid((9, 9, 9), tilt.matrix @ np.diag([*sizes, 1]))
     assert through_plane_axis(grid) == axis
     assert plane(grid, axis) == name
+
+
+def test_middle_of_a_mask_is_the_mean_of_its_voxels() -> None:
+    random = np.random.default_rng(0)
+    affine = np.eye(4)
+    affine[:3] = random.normal(size=(3, 4))
+    mask = random.random((7, 5, 6)) > 0.7
+    grid = Grid(mask.shape, affine)
+    expected = grid.to_world(np.argwhere(mask).mean(axis=0))
+    assert np.allclose(grid.middle_of(mask), expected, atol=1e-12)
+    assert np.allclose(grid.middle_of(mask & False), grid.centre)
