@@ -86,14 +86,7 @@ class Grid:
 
     def middle_of(self, mask: NDArray[np.bool_]) -> FloatArray:
         """(3,) mean position of the voxels of a mask, mm; the grid's centre if it is empty."""
-        middle = []
-        for axis in range(3):
-            others = tuple(a for a in range(3) if a != axis)
-            counts = np.count_nonzero(mask, axis=others)
-            if not counts.any():
-                return self.centre
-            middle.append(counts @ np.arange(len(counts)) / counts.sum())
-        return self.to_world(middle)
+        return self.to_world(mean_index(mask))
 
     def corners(self) -> FloatArray:
         """(8, 3) outer corners of the corner voxels (not their centres), world mm."""
@@ -229,6 +222,16 @@ def mean_pose(poses: ArrayLike, centre: ArrayLike, weights: ArrayLike) -> RigidT
     matrix[:3, :3] = u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v
     matrix[:3, 3] = mean[:3, :3] @ pivot + mean[:3, 3] - matrix[:3, :3] @ pivot
     return RigidTransform(matrix)
+
+
+def mean_index(mask: NDArray[np.bool_]) -> FloatArray:
+    """(3,) mean index of the voxels of a mask; the middle of the array if it is empty."""
+    middle = (np.array(mask.shape) - 1) / 2.0
+    for axis in range(3):
+        counts = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != axis))
+        if counts.any():
+            middle[axis] = counts @ np.arange(len(counts)) / counts.sum()
+    return middle
 
 
 def through_plane_axis(grid: Grid) -> int:

@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from .acquisition import Receiver, StackModel
-from .geometry import Grid
+from .geometry import Grid, mean_index
 from .linear import Prior, solve
 from .solution import Job, Linear, State, build_system, carry
 from .stack import Stack
@@ -81,7 +81,7 @@ def _turned(job: Job, volume: NDArray[np.float32]) -> tuple[Grid, _Turned, NDArr
     """The block's grid, the turned image, and (X, Y, Z) where the block shows the head."""
     shape = np.array(volume.shape)
     inside = volume != 0
-    middle = job.grid.to_index(job.grid.middle_of(inside))
+    middle = mean_index(inside)
     size = np.minimum(shape, EDGE)
     low = np.clip(np.rint(middle - (size - 1) / 2), 0, shape - size).astype(int)
     affine = np.array(job.grid.affine)
