@@ -43,11 +43,9 @@ from irem_bids.settings import Settings
 PROTOCOL = Protocol(
     thickness=5.0, motion_degrees=4.0, motion_mm=4.0, gain=0.08, bias=0.05, snr=40.0
 )
-#: The same stack is the reference of every reconstruction, so that they lie in one space.
-SETTINGS = Settings.from_dict({"normalise": {"n4": False, "reference": "random"}})
 DIAMETERS = (2.0, 3.0, 4.0, 6.0, 8.0)  # mm
 CHANGE = 0.3  # of the intensity, brighter or darker
-SUPPORTS = (3, 2, 1)  # stacks that see a lesion
+SUPPORTS = (3, 2, 1)  # numbers of stacks that see a lesion
 ASYMMETRY = {"diameter": 14.0, "change": 0.15, "side": 24.0}  # mm, share, mm from the middle
 FAR = 7.0  # mm from a lesion's edge: beyond the slice profile that saw it
 RIM = 8  # voxels of the head's edge that are left out: fields of view end there
@@ -163,8 +161,8 @@ class Seen:
 class Bench:
     """One place of the lesions and one motion: stacks to reconstructions, method by method."""
 
-    def __init__(self, planted: Planted, seed: int) -> None:
-        self.planted = planted
+    def __init__(self, planted: Planted, seed: int, settings: Settings) -> None:
+        self.planted, self.settings = planted, settings
         self.draws = draw(replace(PROTOCOL, seed=seed), planted.clean, planted.grid)
         self.mask = head_mask(planted.clean)
         self.kept: dict[tuple[str, str], tuple[np.ndarray, Grid]] = {}
@@ -183,11 +181,11 @@ class Bench:
 
     def reconstruct(self, what: str, methods: Sequence[str]) -> None:
         """Prepare once, and fit every method; what is kept is in the reference stack's unit."""
-        prepared = prepare(self.stacks(what), SETTINGS)
-        grid = output_grid(prepared, SETTINGS.output)
+        prepared = prepare(self.stacks(what), self.settings)
+        grid = output_grid(prepared, self.settings.output)
         for method in methods:
             began = time.process_time()
-            image = fit(method, prepared, grid, SETTINGS).image() * np.float32(prepared.scale)
+            image = fit(method, prepared, grid, self.settings).image() * np.float32(prepared.scale)
             self.kept[method, what] = (image, grid)
             self.seconds[f"{method} {what}"] = round(time.process_time() - began, 1)
             print(f"{what} {method}: {self.seconds[f'{method} {what}']} s", file=sys.stderr)
@@ -211,7 +209,7 @@ def contrast(seen: Seen) -> dict[str, Any]:
     true = planted.truth() - planted.clean
     table: dict[str, Any] = {}
     for name, signs in (("all", (1, -1)), ("bright", (1,)), ("dark", (-1,))):
-        for count in SUPPORTS:
+        for count in sorted({len(one["stacks"]) for one in planted.lesions}, reverse=True):
             chosen = [
                 one
                 for one in planted.lesions
@@ -272,13 +270,15 @@ def asymmetry(seen: Seen) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------ the campaign
-def planted_lesions(clean: np.ndarray, grid: Grid, seed: int) -> Planted:
+def planted_lesions(
+    clean: np.ndarray, grid: Grid, seed: int, diameters: Sequence[float], supports: Sequence[int]
+) -> Planted:
     """One lesion of each diameter and sign for each number of stacks."""
     random = np.random.default_rng(seed)
-    wanted = [(d, sign) for d in DIAMETERS for sign in (1, -1) for _ in SUPPORTS]
+    wanted = [(d, sign) for d in diameters for sign in (1, -1) for _ in supports]
     lesions = choose(clean, grid, seed, wanted)
     for number, one in enumerate(lesions):
-        count = SUPPORTS[number % len(SUPPORTS)]
+        count = supports[number % len(supports)]
         one["stacks"] = sorted(random.choice(3, count, replace=False).tolist())
     return Planted(lesions, clean, grid)
 
@@ -297,10 +297,11 @@ def planted_asymmetry(clean: np.ndarray, grid: Grid, count: int, sign: int) -> P
 
 
 def one_seed(
-    clean: np.ndarray, grid: Grid, seed: int, methods: Sequence[str], asymmetries: bool
+    planted: Planted, seed: int, settings: Settings, methods: Sequence[str], asymmetries: bool
 ) -> dict[str, Any]:
     """Everything of one seed, by method."""
-    bench = Bench(planted_lesions(clean, grid, seed), seed)
+    clean, grid = planted.clean, planted.grid
+    bench = Bench(planted, seed, settings)
     for what in ("without", "within", "other_noise"):
         bench.reconstruct(what, methods)
     rows: dict[str, Any] = {}
@@ -348,16 +349,20 @@ def figure(path: Path, table: dict[str, Any]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    chart, axes = pyplot.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
-    for panel, count in zip(axes, SUPPORTS, strict=True):
+    panels = list(next(iter(table.values()))["contrast"])
+    chart, axes = pyplot.subplots(
+        1, len(panels), figsize=(3 * len(panels), 3), sharey=True, layout="constrained"
+    )
+    for panel, name in zip(np.atleast_1d(axes), panels, strict=True):
         for method, row in table.items():
-            found = row["contrast"][f"{count} of 3 stacks"]["all"]
-            sizes = [float(name.split()[0]) for name in found]
+            found = row["contrast"][name]["all"]
+            sizes = [float(size.split()[0]) for size in found]
             panel.plot(sizes, list(found.values()), marker="o", label=method)
-        panel.axhline(count / 3, color="grey", linewidth=0.8, linestyle=":")
-        panel.set(title=f"seen by {count} of 3 stacks", xlabel="diameter (mm)", ylim=(0, 1.15))
-    axes[0].set_ylabel("recovered contrast")
-    axes[0].legend(frameon=False)
+        panel.axhline(int(name[0]) / 3, color="grey", linewidth=0.8, linestyle=":")
+        panel.set(title=f"seen by {name}", xlabel="diameter (mm)", ylim=(0, 1.15))
+    first = np.atleast_1d(axes)[0]
+    first.set_ylabel("recovered contrast")
+    first.legend(frameon=False)
     chart.savefig(path, dpi=110)
 
 
@@ -369,8 +374,19 @@ def main() -> int:
     parser.add_argument("--crop", type=float, default=90.0, help="middle of the truth, mm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--methods", nargs="+", default=["irem", "srr", "bspline"])
+    parser.add_argument("--diameters", type=float, nargs="+", default=list(DIAMETERS), help="mm")
+    parser.add_argument(
+        "--supports", type=int, nargs="+", default=list(SUPPORTS), help="stacks that see a lesion"
+    )
+    parser.add_argument("--no-asymmetry", action="store_true")
+    parser.add_argument("--epochs", type=int, help="of irem2021")
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
+    # The same stack is the reference of every reconstruction, so that they lie in one space.
+    options: dict[str, Any] = {"normalise": {"n4": False, "reference": "random"}}
+    if arguments.epochs is not None:
+        options["irem2021"] = {"epochs_2021": arguments.epochs}
+    settings = Settings.from_dict(options)
     clean, grid = truth_volume(arguments.truth, arguments.crop)
     clean = clean.astype(np.float32)
     where = machine()
@@ -378,7 +394,9 @@ def main() -> int:
     where["command"] = " ".join(["python", "benchmarks/lesions.py", *words])
     began, seeds = time.monotonic(), {}  # type: ignore[var-annotated]
     for number, seed in enumerate(arguments.seeds):
-        seeds[str(seed)] = one_seed(clean, grid, seed, arguments.methods, asymmetries=number == 0)
+        planted = planted_lesions(clean, grid, seed, arguments.diameters, arguments.supports)
+        asymmetries = number == 0 and not arguments.no_asymmetry
+        seeds[str(seed)] = one_seed(planted, seed, settings, arguments.methods, asymmetries)
         record = {
             **where,
             "protocol": vars(PROTOCOL),

@@ -22,9 +22,10 @@ def machine() -> dict[str, Any]:
     """Command (files by name only), commit, processors, load by everything, and Python."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "command": " ".join(["python", str(script), *words]),
         "commit": done.stdout.strip(),
         "processors": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),

@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -285,10 +285,10 @@ def in_blocks(count: int, threads: int, work: Callable[[int, NDArray[np.int64]],
     others = [_helpers().submit(work, block, pairs[block]) for block in range(1, BLOCKS)]
     try:
         work(0, pairs[0])
-    finally:
-        wait(others)  # they write where the caller may soon write
-    for other in others:
-        other.result()
+    finally:  # they write where the caller may soon write
+        errors = [other.exception() for other in others]
+    for error in filter(None, errors):
+        raise error
 
 
 def _arguments(rows: Rows, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -6,8 +6,12 @@ Cost is guarded by counted work and by ratios within one run, not by seconds.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ from irem_bids.reconstruction.sharpening import sharpened
 from irem_bids.reconstruction.stack import Stack
 from irem_bids.settings import Acquisition
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TILTED = RigidTransform.from_vector([0.1, 0.05, -0.2, 0.5, -0.7, 0.3])
 TURNED = RigidTransform.from_vector([0.5, -0.7, 0.6, 1.0, 0.0, 2.0])
 
@@ -227,3 +232,18 @@ def test_compiled_loops_are_many_times_faster_than_plain_ones() -> None:
         lambda: operator_torch.adjoint(operator_torch.forward(volume, rows), rows, volume.shape)
     )
     assert plain > 5 * fast
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_of_openmp_sleep_unless_told_otherwise(
+    given: str | None, expected: str
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    environment |= {"OMP_DISPLAY_ENV": "TRUE", "PYTHONPATH": str(REPOSITORY)}
+    code = "import irem_bids.reconstruction.linear"  # which loads torch, and that OpenMP
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
