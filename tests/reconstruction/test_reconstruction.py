@@ -113,7 +113,7 @@ def test_refinement_brings_poses_and_gains_nearer(
         ]
     )
     gains /= gains[prepared.reference]
-    assert np.allclose(list(fits["irem"].gains.values()), gains, atol=5e-3)
+    assert np.allclose(list(fits["irem"].gains.values()), gains, atol=1e-3)
 
 
 def test_methods_rank_as_they_should(
