@@ -26,7 +26,7 @@ from .images import (
     slice_thickness,
     slice_times,
 )
-from .layout import ImageFile, list_images, select_subjects
+from .layout import ImageFile, batches, list_images, select_subjects
 from .masks import MaskFile, find_masks, link_name, match_masks
 from .names import Sidecars, natural_key
 from .reconstruction.geometry import GeometryError, Grid
@@ -151,12 +151,16 @@ def _inspect_all(
     progress: Progress | None,
 ) -> list[_Candidate]:
     workers = min(nprocs or available_cpus(), MOST_READERS)
-    candidates = []
+    candidates: list[_Candidate] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        jobs = pool.map(lambda image: _inspect(image, inspection), images)
-        for number, candidate in enumerate(jobs, 1):
-            candidates.append(candidate)
+        jobs = pool.map(
+            lambda batch: [_inspect(image, inspection) for image in batch],
+            batches(images, workers),
+        )
+        for found in jobs:
+            candidates += found
             if progress is not None:
+                number = len(candidates)
                 progress(number / len(images), f"image {number} of {len(images)}")
     return candidates
 

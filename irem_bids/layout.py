@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .exitcodes import ExitCode, UserError
 from .names import (
@@ -36,6 +36,7 @@ _KNOWN = (*(LONG_NAMES.get(key, key) for key in ENTITY_ORDER), "datatype", "suff
 _LABEL = re.compile(r"[0-9a-zA-Z+]+")
 _NOT_VALID = "not a valid BIDS name (--skip-bids-validation uses it all the same)"
 _LISTERS = 8  # threads that list folders
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,22 @@ def _anat_files(root: Path, subjects: list[str]) -> Iterable[tuple[str, str | No
         anats += [(n[4:], folder / n / "anat") for n in sorted(there) if n.startswith("ses-")]
         return [(subject, ses, anat / name) for ses, anat in anats for name in _names_in(anat)]
 
+    def of_batch(batch: list[str]) -> list[tuple[str, str | None, Path]]:
+        return [file for subject in batch for file in of_subject(subject)]
+
     with ThreadPoolExecutor(max_workers=_LISTERS) as pool:
-        for files in pool.map(of_subject, subjects):
+        for files in pool.map(of_batch, batches(subjects, _LISTERS)):
             yield from files
+
+
+def batches(items: list[T], workers: int) -> list[list[T]]:
+    """Parts for a pool of threads: to hand a job over costs as much as a small job.
+
+    >>> [len(part) for part in batches(list(range(100)), 2)]
+    [6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4]
+    """
+    size = max(1, min(32, len(items) // (8 * workers)))
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def _names_in(folder: Path) -> list[str]:
