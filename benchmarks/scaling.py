@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU seconds of the solution over the foreground's voxels, from 64^3 to 240^3.
 
-A head is resampled to so many voxels of 1 mm along its longest side, three stacks of 4 mm are
-simulated from it, and the image is solved for (registration off: the poses are true).  The
-loops are compiled before the first measurement.  One thread by default: work is what is counted,
-and a second thread adds the time that threads take to wake each other, some 0.2 ms a loop.
+A head is resampled to so many voxels of 1 mm along its longest side, three stacks of 4 mm, turned
+by some degrees as real ones are, are simulated from it, and the image is solved for (registration
+off: the poses are true).  The loops are compiled before the first measurement.  One thread by
+default: work is what is counted, and a second thread adds the time that threads take to wake each
+other, some 0.2 ms a loop.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from irem_bids.reconstruction.simulate import simulate
 from irem_bids.settings import Settings
 
 SIZES = (64, 96, 128, 160, 200, 240)
-PROTOCOL = Protocol(thickness=4.0, snr=40.0, seed=11)
+#: Turned: stacks whose voxels fall on the result's take another, shorter way at some sizes.
+PROTOCOL = Protocol(thickness=4.0, snr=40.0, obliqueness=5.0, seed=11)
 SETTINGS = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
 
 
@@ -116,10 +118,12 @@ def main() -> None:
         "threads": options.threads,
         "rows": rows,
         "last_over_first": round(float(each[-1] / each[0]), 3),
+        "largest_over_smallest": round(float(each.max() / each.min()), 3),
         "farthest_from_mean": round(float(np.abs(each / each.mean() - 1).max()), 3),
     }
     options.result.write_text(json.dumps(record, indent=1) + "\n")
-    print({k: record[k] for k in ("last_over_first", "farthest_from_mean")})
+    spread = ("last_over_first", "largest_over_smallest", "farthest_from_mean")
+    print({name: record[name] for name in spread})
 
 
 if __name__ == "__main__":
