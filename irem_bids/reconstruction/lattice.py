@@ -33,6 +33,8 @@ from .operator_cpu import (
 )
 
 FEWEST = 50_000  # taps, below which the loops are not worth compiling
+STRIP = 16  # lines that are visited plane after plane, before the next ones: see _read_ahead
+CACHE_LINE = 16  # float32
 
 
 @inner
@@ -80,26 +82,68 @@ def _places(
     return a, b
 
 
+@inner
+def _span(matrix: Any, size: Any, axis: Any, d0: Any, d1: Any, depth: Any) -> tuple[int, int]:
+    """First voxel along an axis of the volume that a plane of a strip sees, and the last's next."""
+    low = matrix[axis, 0] * d0 + matrix[axis, 1] * d1 + matrix[axis, 3]
+    high = low
+    for slope in (matrix[axis, 1] * STRIP, matrix[axis, 2] * depth):
+        low, high = low + min(slope, 0.0), high + max(slope, 0.0)
+    return max(int(low), 0), min(max(int(high) + 2, 0), size)
+
+
+@inner
+def _read_ahead(
+    volume: Any, sizes: Any, matrix: Any, d0: Any, d1: Any, depth: Any, seen: Any
+) -> tuple[Any, tuple[int, int]]:
+    """Read what a strip's plane is the first to see of the volume, in the order of memory.
+
+    The lines of a turned stack meet the volume's a few voxels at a time, and a processor that
+    fetches them so waits for memory most of the time.  A strip's share of the planes that it
+    sees at once stays in the cache, if it is narrow.  ``seen``: the planes of the volume that
+    the plane before saw.  Returns a sum, so that no compiler drops the reads, and the planes.
+    """
+    first, end = _span(matrix, sizes[0], 0, d0, d1, depth)
+    low, high = _span(matrix, sizes[1], 1, d0, d1, depth)
+    total = np.float32(0)
+    for plane in range(first, end):
+        if seen[0] <= plane < seen[1]:
+            continue
+        row = plane * sizes[1]
+        for at in range((row + low) * sizes[2], (row + high) * sizes[2], CACHE_LINE):
+            total += volume[at]
+    return total, (first, end)
+
+
 @compiled
 def _look_up(
-    volume: Any, sizes: Any, matrix: Any, lines: Any, longest: Any, out: Any, ends: Any
-) -> None:
-    """The volume (flat) at the lattice's points; ``lines`` (D0, D1, 2) bound its third axis."""
+    volume: Any, sizes: Any, matrix: Any, lines: Any, depth: Any, out: Any, ends: Any
+) -> Any:
+    """The volume (flat) at the lattice's points; ``lines`` (D0, D1, 2) bound its third axis.
+
+    Returns what :func:`_read_ahead` does.
+    """
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
-    at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
-    for d0 in range(ends[0], ends[1]):
-        for d1 in range(lines.shape[1]):
-            low, high = lines[d0, d1, 0], lines[d0, d1, 1]
-            start = _start(matrix, d0, d1)
-            a, b = _places(matrix, sizes, start, low, high, at, part)
-            for n in range(b - a):
-                u, v, w = part[0, n], part[1, n], part[2, n]
-                out[d0, d1, n + a] = value_at(volume, ny, nz, at[n], u, v, w)
-            for d2 in range(low, high):
-                if d2 < a or d2 >= b:
-                    x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
-                    z = start[2] + matrix[2, 2] * d2
-                    out[d0, d1, d2] = edge_value(volume, sizes, x, y, z)
+    at, part = np.empty(depth, np.int32), np.empty((3, depth), np.float32)
+    read = np.float32(0)
+    for first in range(0, lines.shape[1], STRIP):
+        seen = (0, 0)
+        for d0 in range(ends[0], ends[1]):
+            part_read, seen = _read_ahead(volume, sizes, matrix, d0, first, depth, seen)
+            read += part_read
+            for d1 in range(first, min(first + STRIP, lines.shape[1])):
+                low, high = lines[d0, d1, 0], lines[d0, d1, 1]
+                start = _start(matrix, d0, d1)
+                a, b = _places(matrix, sizes, start, low, high, at, part)
+                for n in range(b - a):
+                    u, v, w = part[0, n], part[1, n], part[2, n]
+                    out[d0, d1, n + a] = value_at(volume, ny, nz, at[n], u, v, w)
+                for d2 in range(low, high):
+                    if d2 < a or d2 >= b:
+                        x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
+                        z = start[2] + matrix[2, 2] * d2
+                        out[d0, d1, d2] = edge_value(volume, sizes, x, y, z)
+    return read
 
 
 @compiled
@@ -177,32 +221,41 @@ def _line_values(
 @compiled
 def _spread(
     rows: Any, sizes: Any, matrix: Any, lines: Any, axis: Any, fine: Any, coarse: Any,
-    weights: Any, longest: Any, out: Any, ends: Any,
-) -> None:  # fmt: skip
-    """Adjoint of sum and look-up: ``rows`` (dense) are added to the volume ``out`` (flat)."""
+    weights: Any, depth: Any, out: Any, ends: Any,
+) -> Any:  # fmt: skip
+    """Adjoint of sum and look-up: ``rows`` (dense) are added to the volume ``out`` (flat).
+
+    Returns what :func:`_read_ahead` does.
+    """
     ny, nz = np.int32(sizes[1]), np.int32(sizes[2])
-    at, part = np.empty(longest, np.int32), np.empty((3, longest), np.float32)
-    buffer = np.empty(longest, np.float32)
-    for d0 in range(ends[0], ends[1]):
-        for d1 in range(lines.shape[1]):
-            low, high = lines[d0, d1, 0], lines[d0, d1, 1]
-            if low >= high:
-                continue
-            line = buffer[: high - low]
-            _line_values(rows, axis, fine, coarse, weights, d0, d1, line, low)
-            start = _start(matrix, d0, d1)
-            a, b = _places(matrix, sizes, start, low, high, at, part)
-            for d2 in range(low, high):
-                value = line[d2 - low]
-                if value == 0:
+    at, part = np.empty(depth, np.int32), np.empty((3, depth), np.float32)
+    buffer = np.empty(depth, np.float32)
+    read = np.float32(0)
+    for first in range(0, lines.shape[1], STRIP):
+        seen = (0, 0)
+        for d0 in range(ends[0], ends[1]):
+            part_read, seen = _read_ahead(out, sizes, matrix, d0, first, depth, seen)
+            read += part_read
+            for d1 in range(first, min(first + STRIP, lines.shape[1])):
+                low, high = lines[d0, d1, 0], lines[d0, d1, 1]
+                if low >= high:
                     continue
-                if d2 < a or d2 >= b:
-                    x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
-                    edge_spread(out, sizes, x, y, start[2] + matrix[2, 2] * d2, value)
-                else:
-                    n = d2 - a
-                    u, v, w = part[0, n], part[1, n], part[2, n]
-                    spread_at(out, ny, nz, at[n], u, v, w, value)
+                line = buffer[: high - low]
+                _line_values(rows, axis, fine, coarse, weights, d0, d1, line, low)
+                start = _start(matrix, d0, d1)
+                a, b = _places(matrix, sizes, start, low, high, at, part)
+                for d2 in range(low, high):
+                    value = line[d2 - low]
+                    if value == 0:
+                        continue
+                    if d2 < a or d2 >= b:
+                        x, y = start[0] + matrix[0, 2] * d2, start[1] + matrix[1, 2] * d2
+                        edge_spread(out, sizes, x, y, start[2] + matrix[2, 2] * d2, value)
+                    else:
+                        n = d2 - a
+                        u, v, w = part[0, n], part[1, n], part[2, n]
+                        spread_at(out, ny, nz, at[n], u, v, w, value)
+    return read
 
 
 @dataclass(frozen=True)
@@ -288,7 +341,6 @@ class Lattice:
         for k in range(len(into)):
             out[self._taps.fine * k : self._taps.fine * k + taps] |= into[k]
         self._lines = bounds(need)
-        self._longest = int((self._lines[..., 1] - self._lines[..., 0]).max())
 
     @property
     def points(self) -> int:
@@ -305,7 +357,7 @@ class Lattice:
         """Volume (X, Y, Z) to predicted rows (N,)."""
         sizes = np.array(volume.shape)
         flat = volume.reshape(-1)
-        given = (flat, sizes, self._matrix, self._lines, self._longest, self._lattice)
+        given = (flat, sizes, self._matrix, self._lines, self._lattice.shape[2], self._lattice)
         in_blocks(len(self._lines), threads, lambda _, ends: _look_up(*given, ends))
         taps = (self._axis, self._taps.fine, self._coarse, self._thin)
         sums = (self._lattice, *taps, self._used, self._dense)
@@ -318,7 +370,8 @@ class Lattice:
         self._dense.reshape(-1)[self._rows] = values
         sizes = np.array(out.shape[1:])
         taps = (self._axis, self._taps.fine, self._coarse, self._thin)
-        given = (self._dense, sizes, self._matrix, self._lines, *taps, self._longest)
+        depth = self._lattice.shape[2]
+        given = (self._dense, sizes, self._matrix, self._lines, *taps, depth)
         parts = out.reshape(BLOCKS, -1)
         in_blocks(len(self._lines), threads, lambda b, ends: _spread(*given, parts[b], ends))
 
