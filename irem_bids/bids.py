@@ -9,7 +9,6 @@ are plain data that can be pickled and written as JSON.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from .images import (
     slice_thickness,
     slice_times,
 )
-from .layout import ImageFile, batches, list_images, select_subjects
+from .layout import ImageFile, each, list_images, select_subjects
 from .masks import MaskFile, find_masks, link_name, match_masks
 from .names import Sidecars, natural_key
 from .reconstruction.geometry import GeometryError, Grid
@@ -151,17 +150,17 @@ def _inspect_all(
     progress: Progress | None,
 ) -> list[_Candidate]:
     workers = min(nprocs or available_cpus(), MOST_READERS)
-    candidates: list[_Candidate] = []
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        jobs = pool.map(
-            lambda batch: [_inspect(image, inspection) for image in batch],
-            batches(images, workers),
-        )
-        for found in jobs:
-            candidates += found
-            if progress is not None:
-                number = len(candidates)
-                progress(number / len(images), f"image {number} of {len(images)}")
+    candidates = []
+    jobs = each(
+        lambda image: _inspect(image, inspection),
+        images,
+        workers,
+        lets_others_run=inspection.read_voxels,
+    )
+    for number, candidate in enumerate(jobs, 1):
+        candidates.append(candidate)
+        if progress is not None:
+            progress(number / len(images), f"image {number} of {len(images)}")
     return candidates
 
 

@@ -13,7 +13,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _LABEL = re.compile(r"[0-9a-zA-Z+]+")
 _NOT_VALID = "not a valid BIDS name (--skip-bids-validation uses it all the same)"
 _LISTERS = 8  # threads that list folders
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -152,22 +154,37 @@ def _anat_files(root: Path, subjects: list[str]) -> Iterable[tuple[str, str | No
         anats += [(n[4:], folder / n / "anat") for n in sorted(there) if n.startswith("ses-")]
         return [(subject, ses, anat / name) for ses, anat in anats for name in _names_in(anat)]
 
-    def of_batch(batch: list[str]) -> list[tuple[str, str | None, Path]]:
-        return [file for subject in batch for file in of_subject(subject)]
-
-    with ThreadPoolExecutor(max_workers=_LISTERS) as pool:
-        for files in pool.map(of_batch, batches(subjects, _LISTERS)):
-            yield from files
+    for files in each(of_subject, subjects, _LISTERS):
+        yield from files
 
 
-def batches(items: list[T], workers: int) -> list[list[T]]:
-    """Parts for a pool of threads: to hand a job over costs as much as a small job.
+def each(
+    work: Callable[[T], R], items: Sequence[T], workers: int, *, lets_others_run: bool = False
+) -> Iterator[R]:
+    """``work`` of every item, in order; by threads from when a batch waits more than it computes.
 
-    >>> [len(part) for part in batches(list(range(100)), 2)]
-    [6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 4]
+    Threads that compute in Python only stop each other: they help where files are waited for, as
+    on a network disk, and where work ``lets_others_run``, as decompression does.  Items go in
+    batches, since to hand a job over costs as much as a small job.
+
+    >>> list(each(abs, range(-3, 3), 2))
+    [3, 2, 1, 0, 1, 2]
     """
     size = max(1, min(32, len(items) // (8 * workers)))
-    return [items[first : first + size] for first in range(0, len(items), size)]
+    batches = (items[first : first + size] for first in range(0, len(items), size))
+
+    def of_batch(batch: Sequence[T]) -> list[R]:
+        return [work(item) for item in batch]
+
+    while not lets_others_run and (batch := next(batches, None)) is not None:
+        start, computing = time.monotonic(), time.thread_time()
+        done = of_batch(batch)
+        computing = time.thread_time() - computing
+        lets_others_run = time.monotonic() - start > 2 * computing
+        yield from done
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for done in pool.map(of_batch, batches):
+            yield from done
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from irem_bids import images
 from irem_bids.bids import discover
 from irem_bids.database import FILE_NAME, Database
 from irem_bids.exitcodes import ExitCode, UserError
-from irem_bids.layout import list_images
+from irem_bids.layout import each, list_images
 from irem_bids.names import Sidecars
 from irem_bids.reconstruction.headers import check_header
 from irem_bids.settings import Selection, Settings
@@ -203,3 +205,30 @@ def test_a_folder_that_cannot_be_written_is_73(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--bids-database-dir") as caught:
         database.save()
     assert caught.value.code is ExitCode.CANNOT_CREATE
+
+
+def _computing() -> None:
+    sum(range(20_000))
+
+
+def _waiting() -> None:
+    time.sleep(2e-3)
+
+
+@pytest.mark.parametrize(
+    ("does", "lets_others_run", "in_threads"),
+    [(_computing, False, False), (_computing, True, True), (_waiting, False, True)],
+)
+def test_threads_only_where_they_help(
+    does, lets_others_run: bool, in_threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if does is _computing:  # the clock stops while the machine does something else
+        monkeypatch.setattr("irem_bids.layout.time.monotonic", time.thread_time)
+
+    def work(number: int) -> tuple[int, bool]:
+        does()
+        return number, threading.current_thread() is threading.main_thread()
+
+    found = list(each(work, range(200), 2, lets_others_run=lets_others_run))
+    assert [number for number, _ in found] == list(range(200))
+    assert found[-1][1] is not in_threads
