@@ -65,3 +65,10 @@ def write_description(root: Path, **fields: Any) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "dataset_description.json").write_text(json.dumps({**DESCRIPTION, **fields}))
     return root
+
+
+def centred(shape: tuple[int, ...], sizes: tuple[float, ...]) -> Grid:
+    """A grid about the origin."""
+    affine = np.diag([*sizes, 1.0])
+    affine[:3, 3] = -(np.array(shape) - 1) / 2 * sizes
+    return Grid(shape, affine)

@@ -22,6 +22,7 @@ from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
+from .linear import restored
 from .metrics import MAD_TO_SIGMA
 from .prepare import Prepared, write_json
 from .registration import ncc
@@ -276,7 +277,8 @@ def _linear_or_saved(job: Job) -> Linear:
         volume = tensors["volume"].to(job.device)
         return Linear(volume, State.restored(record["state"]), dict(record["info"]))
     refined = job.settings.irem.refine_poses and job.settings.normalise.registration
-    linear = solve_linear(job, refined=refined, progress=job.part(0.0, 0.5, "linear"))
+    progress = job.part(0.0, 0.5, "linear")
+    linear = solve_linear(job, refined=refined, progress=progress, image=restored)
     if not bool(torch.isfinite(linear.volume).all()):
         raise FloatingPointError("the linear solution is not finite; try --no-refine-poses")
     if path is not None:

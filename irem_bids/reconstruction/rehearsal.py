@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .acquisition import Receiver, StackModel
 from .geometry import Grid, mean_index
-from .linear import Prior, solve
+from .linear import Prior, restored, solve
 from .solution import Job, Linear, State, build_system, carry
 from .stack import Stack
 
@@ -158,7 +158,7 @@ def _solved(job: Job, state: State, prior: Prior) -> Tensor:
         iterations=20,
         reweightings=2,
     )
-    return solve(
+    return restored(
         build_system(job, job.grid, at),
         carry(volume, coarse, job.grid),
         prior,

@@ -229,20 +229,34 @@ def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
 
 
 def solve_linear(
-    job: Job, *, refined: bool, progress: Progress, state: State | None = None
+    job: Job,
+    *,
+    refined: bool,
+    progress: Progress,
+    state: State | None = None,
+    image: Callable[..., Tensor] = solve,
 ) -> Linear:
     """Coarse to fine; with ``refined``, the acquisition along with the image.
 
-    ``state``: the acquisition at first; that of registration if not given.
+    ``state``: the acquisition at first; that of registration if not given.  ``image``: what
+    makes the image in the end, :func:`.linear.solve` or :func:`.linear.restored`.
     """
-    return _Solver(job, refined, progress, state or State.registered(job.prepared)).run()
+    start = state or State.registered(job.prepared)
+    return _Solver(job, refined, progress, start, image).run()
 
 
 class _Solver:
     """The levels of one solution."""
 
-    def __init__(self, job: Job, refined: bool, progress: Progress, state: State) -> None:
-        self.job, self.refined, self.progress = job, refined, progress
+    def __init__(
+        self,
+        job: Job,
+        refined: bool,
+        progress: Progress,
+        state: State,
+        image: Callable[..., Tensor],
+    ) -> None:
+        self.job, self.refined, self.progress, self.image = job, refined, progress, image
         self.prior = penalty_strength(job.prepared, job.settings)
         self.state = state
         self.volume: Tensor | None = None
@@ -270,8 +284,8 @@ class _Solver:
             self.state = State.of(system, self.state.paths)
             self.progress(0.6 * (number + 1) / len(levels), f"level {number + 1} of {len(levels)}")
         # the rounds on this grid have already done most of the work
-        iterations = options.srr_iterations // 3 if self.refined else options.srr_iterations
-        self.volume = solve(
+        iterations = options.srr_iterations // 2 if self.refined else options.srr_iterations
+        self.volume = self.image(
             system,
             self._volume,
             prior,

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..settings import Settings
 from .acquisition import quadrature
 from .geometry import Grid
+from .linear import restored, solve
 from .optimise import Fit
 from .prepare import Prepared
 from .solution import Job, Prediction, Progress, State, build_system, solve_linear
@@ -71,7 +72,13 @@ def standard_deviation(
     job = Job(prepared, grid, settings.updated({"srr": ITERATIONS}), device, None, progress)
     state, volume = _state(prepared, result), torch.from_numpy(image).to(device)
     again = replace(job, prepared=_repeated(job, state, volume))
-    linear = solve_linear(again, refined=False, state=state, progress=job.part(0, 1, "repeat"))
+    linear = solve_linear(
+        again,
+        refined=False,
+        state=state,
+        progress=job.part(0, 1, "repeat"),
+        image=restored if result.method == "irem" else solve,
+    )
     error = (volume - linear.volume).cpu().numpy()
     share = _share(job, state)
     seen = (share > UNSEEN).astype(np.float32)

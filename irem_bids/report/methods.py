@@ -172,7 +172,8 @@ def _irem(settings: Settings) -> str:
         "The method `irem` represents the head as a continuous function of position, following "
         "the idea of IREM [@wu2021irem]. Unlike there, a voxel is the weighted mean of the "
         f"function through the slice ({_profile(settings)}), and the function stands on a "
-        "profile-aware linear solution [@gholipour2010robust; @ebner2020automated]."
+        "profile-aware linear solution [@gholipour2010robust; @ebner2020automated], to which a "
+        "Bregman iteration returns the contrast that its penalty takes [@osher2005iterative]."
         + refine
         + _network(settings)
     )

@@ -28,17 +28,11 @@ from irem_bids.reconstruction.linear import Prior, System, solve
 from irem_bids.reconstruction.sharpening import sharpened
 from irem_bids.reconstruction.stack import Stack
 from irem_bids.settings import Acquisition
+from tests.stacks import centred
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TILTED = RigidTransform.from_vector([0.1, 0.05, -0.2, 0.5, -0.7, 0.3])
 TURNED = RigidTransform.from_vector([0.5, -0.7, 0.6, 1.0, 0.0, 2.0])
-
-
-def centred(shape: tuple[int, ...], sizes: tuple[float, ...]) -> Grid:
-    """A grid about the origin."""
-    affine = np.diag([*sizes, 1.0])
-    affine[:3, 3] = -(np.array(shape) - 1) / 2 * sizes
-    return Grid(shape, affine)
 
 
 def ball_stack(axis: int, in_plane: float = 1.0, spacing: float = 4.0, size: float = 48) -> Stack:
