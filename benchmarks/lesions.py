@@ -6,7 +6,8 @@
 Every lesion is in the truth of one, two or all three of the stacks.  Each stack is simulated
 without and with them, with the same motion and the same noise, and once more without them with
 other noise.  The change of the reconstruction is compared with the change of the truth; where no
-lesion is near, it is compared with the noise of the reconstruction.
+lesion is near, it is compared with the noise of the reconstruction.  ``--retrain``: and with what
+another random start alone changes, for a method whose training ends elsewhere each time.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ class Seen:
     within: np.ndarray
     other_noise: np.ndarray
     head: np.ndarray
+    retrained: np.ndarray | None = None
 
     @property
     def change(self) -> np.ndarray:
@@ -180,12 +182,17 @@ class Bench:
         return [each.stack for each in found]
 
     def reconstruct(self, what: str, methods: Sequence[str]) -> None:
-        """Prepare once, and fit every method; what is kept is in the reference stack's unit."""
+        """Prepare once, and fit every method; what is kept is in the reference stack's unit.
+
+        ``retrained``: the stacks without lesions, fitted from another random start.
+        """
         prepared = prepare(self.stacks(what), self.settings)
         grid = output_grid(prepared, self.settings.output)
+        seed = self.settings.run.random_seed + (what == "retrained")
+        settings = self.settings.updated({"run": {"random_seed": seed}})
         for method in methods:
             began = time.process_time()
-            image = fit(method, prepared, grid, self.settings).image() * np.float32(prepared.scale)
+            image = fit(method, prepared, grid, settings).image() * np.float32(prepared.scale)
             self.kept[method, what] = (image, grid)
             self.seconds[f"{method} {what}"] = round(time.process_time() - began, 1)
             print(f"{what} {method}: {self.seconds[f'{method} {what}']} s", file=sys.stderr)
@@ -194,12 +201,20 @@ class Bench:
         """All in the truth's space and unit, by the gauge of the reconstruction without lesions."""
         clean, grid = self.planted.clean, self.planted.grid
         found = gauge(*self.kept[method, "without"], clean, grid, self.mask)
-        images = []
-        for what in ("without", within, "other_noise"):
-            image, own = self.kept[method, what]
-            moved, _ = resample_near(image, own, grid, self.mask, found.transform, 1)
-            images.append(moved * np.float32(found.scale) + np.float32(found.offset))
-        return Seen(self.planted, images[0], images[1], images[2], self.mask)
+        images = {}
+        for what in ("without", within, "other_noise", "retrained"):
+            if (method, what) in self.kept:
+                image, own = self.kept[method, what]
+                moved, _ = resample_near(image, own, grid, self.mask, found.transform, 1)
+                images[what] = moved * np.float32(found.scale) + np.float32(found.offset)
+        return Seen(
+            self.planted,
+            images["without"],
+            images[within],
+            images["other_noise"],
+            self.mask,
+            images.get("retrained"),
+        )
 
 
 # ------------------------------------------------------------------------------- the scores
@@ -224,7 +239,7 @@ def false_structures(seen: Seen) -> dict[str, Any]:
     """The change where no lesion is near, against the noise there.
 
     A structure is a blob of the change, smoothed by 3 mm, beyond everything that smoothed noise
-    does in the same place.
+    does in the same place; beyond retraining, if another random start does not make it either.
     """
     painted = np.zeros(seen.head.shape, dtype=bool)
     for one in seen.planted.lesions:
@@ -237,7 +252,7 @@ def false_structures(seen: Seen) -> dict[str, Any]:
     limit = float(np.abs(noise[far]).max())
     _, count = ndimage.label((np.abs(change) > limit) & far)
     brightness = float(seen.planted.clean[seen.head].mean())
-    return {
+    found = {
         "voxels": int(far.sum()),
         "rms_change_over_noise": float(np.std(seen.change[far]) / np.std(seen.noise[far])),
         "largest_change_over_largest_noise": float(np.abs(change[far]).max() / limit),
@@ -245,6 +260,14 @@ def false_structures(seen: Seen) -> dict[str, Any]:
         "noise_over_mean_intensity": float(np.std(seen.noise[far]) / brightness),
         "false_structures": int(count),
     }
+    if seen.retrained is not None:
+        again = np.abs(ndimage.gaussian_filter(seen.retrained - seen.without, sigma))
+        _, count = ndimage.label((np.abs(change) > max(limit, again[far].max())) & far)
+        found |= {
+            "largest_retraining_over_largest_noise": float(again[far].max() / limit),
+            "false_structures_beyond_retraining": int(count),
+        }
+    return found
 
 
 def asymmetry(seen: Seen) -> dict[str, float]:
@@ -297,12 +320,18 @@ def planted_asymmetry(clean: np.ndarray, grid: Grid, count: int, sign: int) -> P
 
 
 def one_seed(
-    planted: Planted, seed: int, settings: Settings, methods: Sequence[str], asymmetries: bool
+    planted: Planted,
+    seed: int,
+    settings: Settings,
+    methods: Sequence[str],
+    *,
+    asymmetries: bool,
+    retrain: bool,
 ) -> dict[str, Any]:
     """Everything of one seed, by method."""
     clean, grid = planted.clean, planted.grid
     bench = Bench(planted, seed, settings)
-    for what in ("without", "within", "other_noise"):
+    for what in ("without", "within", "other_noise", *(["retrained"] if retrain else [])):
         bench.reconstruct(what, methods)
     rows: dict[str, Any] = {}
     for method in methods:
@@ -330,13 +359,13 @@ def summary(seeds: dict[str, Any], methods: Sequence[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for method in methods:
         rows = [seed["methods"][method] for seed in seeds.values()]
-        out[method] = {
-            "contrast": _mean([row["contrast"] for row in rows]),
-            "false_structures": sum(r["false_structures"]["false_structures"] for r in rows),
-            "largest_change_over_largest_noise": round(
-                max(r["false_structures"]["largest_change_over_largest_noise"] for r in rows), 3
-            ),
-        }
+        false = [row["false_structures"] for row in rows]
+        out[method] = {"contrast": _mean([row["contrast"] for row in rows])}
+        for name in false[0]:
+            if name.startswith("false_structures"):
+                out[method][name] = sum(one[name] for one in false)
+            elif name.endswith("over_largest_noise"):
+                out[method][name] = round(max(one[name] for one in false), 3)
         if "asymmetry" in rows[0]:
             out[method]["asymmetry"] = rows[0]["asymmetry"]
     return out
@@ -380,6 +409,7 @@ def main() -> int:
     )
     parser.add_argument("--no-asymmetry", action="store_true")
     parser.add_argument("--epochs", type=int, help="of irem2021")
+    parser.add_argument("--retrain", action="store_true", help="compare with another random start")
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     # The same stack is the reference of every reconstruction, so that they lie in one space.
@@ -395,8 +425,14 @@ def main() -> int:
     began, seeds = time.monotonic(), {}  # type: ignore[var-annotated]
     for number, seed in enumerate(arguments.seeds):
         planted = planted_lesions(clean, grid, seed, arguments.diameters, arguments.supports)
-        asymmetries = number == 0 and not arguments.no_asymmetry
-        seeds[str(seed)] = one_seed(planted, seed, settings, arguments.methods, asymmetries)
+        seeds[str(seed)] = one_seed(
+            planted,
+            seed,
+            settings,
+            arguments.methods,
+            asymmetries=number == 0 and not arguments.no_asymmetry,
+            retrain=arguments.retrain,
+        )
         record = {
             **where,
             "protocol": vars(PROTOCOL),

@@ -70,6 +70,12 @@ def test_only_what_stands_out_of_noise_is_a_false_structure(perfect: lesions.See
     found = lesions.false_structures(replace(perfect, within=spot))
     assert found["false_structures"] == 1
     assert found["largest_change_over_largest_noise"] > 2
+    # what another random start makes in the same size is the method's chance, not the lesion's work
+    for share, count in ((0.9, 1), (1.1, 0)):
+        chance = perfect.without + np.float32(share) * (spot - perfect.within)
+        again = lesions.false_structures(replace(perfect, within=spot, retrained=chance))
+        assert again["false_structures"] == 1
+        assert again["false_structures_beyond_retraining"] == count
 
 
 def test_an_asymmetry_stays_on_its_side(perfect: lesions.Seen) -> None:
