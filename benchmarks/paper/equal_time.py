@@ -54,7 +54,10 @@ class Bench:
 
     def __init__(self, volume: np.ndarray, grid: Grid, seed: int) -> None:
         self.volume, self.grid, self.seed = volume, grid, seed
-        self.mask = head_mask(volume)
+        # a slice that reaches over the truth's end mixes in nothing; two slices from it none does
+        inside = (slice(2 * K, -2 * K),) * 3
+        self.mask = np.zeros(volume.shape, bool)
+        self.mask[inside] = head_mask(volume)[inside]
         self.mean = float(volume[self.mask].mean())
 
     def direct(self, snr: float) -> dict[str, Any]:
