@@ -271,6 +271,8 @@ class StackModel:
         (3,) mean of the moved voxel centres, reference space, mm.
     normal
         (3,) of the slices, scanner space.
+    gap
+        Voxels of the volume between two slices that neither sees; 0 where they meet.
     """
 
     def __init__(
@@ -332,6 +334,8 @@ class StackModel:
         self._within = taps.reshape(-1, 3) @ (directions - normal).T
         self._weights = np.ascontiguousarray(weights.ravel() / weights.sum(), np.float32)
         self._axis = stack.slice_axis
+        between = spacing - float(np.ptp(profile.offsets)) - 2 * voxel
+        self.gap = max(0.0, between / voxel)
         self.normal = directions[:, stack.slice_axis]
         thin = np.ascontiguousarray(profile.weights / profile.weights.sum(), np.float32)
         self._lattice_taps = Taps(fine, (coarse[0], coarse[1], coarse[2]), thin)

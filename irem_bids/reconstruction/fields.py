@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from .geometry import Grid
 
-TRUST = 0.5  # of what the network adds: a rehearsal knows only detail that the solution has
 SLAB = 32  # voxels of a volume that the network works on at a time, along the first axis
 
 
@@ -96,6 +96,7 @@ class ResidualField(_Box):
     is missing there; between voxels that is trilinear.  It sees no position, so that it can be
     learned on one part of a head (:mod:`.rehearsal`) and used everywhere.  The last layer starts
     at 0: an untrained field is the linear solution.  Where the volume is 0, it stays 0.
+    ``correction`` is what the stacks then change of it (:meth:`settle`).
 
     Parameters
     ----------
@@ -108,6 +109,7 @@ class ResidualField(_Box):
     """
 
     kind: ClassVar[str] = "irem"
+    correction: Tensor
     whole: Tensor | None
 
     def __init__(
@@ -133,6 +135,7 @@ class ResidualField(_Box):
             # the order in which the CPU's convolutions work: none is turned at each step
             self.network.append(layer.to(memory_format=torch.channels_last_3d))
         torch.nn.init.zeros_(layer.weight)
+        self.register_buffer("correction", torch.zeros(tuple(shape)))
         self.register_buffer("whole", None, persistent=False)
 
     def config(self) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class ResidualField(_Box):
                 continue
             box = (slice(box[0].start + first, box[0].stop + first), *box[1:])
             wide = tuple(slice(side.start, side.stop + 2 * edge) for side in box)
-            out[box] = self.missing(padded[wide][None])[0] * (TRUST * (volume[box] != 0))
+            out[box] = self.missing(padded[wide][None])[0] * (volume[box] != 0)
         return out
 
     @property
@@ -175,11 +178,26 @@ class ResidualField(_Box):
         self.whole = None
 
     def corrected(self) -> Tensor:
-        """(X, Y, Z) the linear solution with what is learned beyond it."""
+        """(X, Y, Z) the linear solution with what is learned beyond it, corrected."""
         if self.whole is None:
             volume = self.base.volume
-            self.whole = volume + self.learned() if self.trained else volume
+            self.whole = volume + self.learned() + self.correction if self.trained else volume
         return self.whole
+
+    @torch.no_grad()
+    def settle(self, reconcile: Callable[[Tensor], Tensor]) -> Tensor:
+        """Let ``reconcile`` correct what the network says; returns :meth:`corrected`.
+
+        It takes a volume (X, Y, Z) to one that agrees with the stacks (:mod:`.consistency`);
+        an untrained network says nothing, and nothing is corrected.
+        """
+        self.forget()
+        self.correction.zero_()
+        said = self.corrected()
+        if self.trained:
+            self.whole = reconcile(said)
+            self.correction.copy_(self.whole - said)
+        return self.corrected()
 
     def forward(self, points: Tensor) -> Tensor:
         return _look_up(self.corrected()[None, None], self.unit(points))[:, 0]

@@ -20,6 +20,7 @@ from ..settings import Settings
 from .acquisition import Receiver, predict
 from .baselines import bspline, without
 from .checkpoint import load_state, save_state
+from .consistency import reconciled
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
 from .linear import restored
@@ -29,7 +30,7 @@ from .registration import ncc
 from .rehearsal import rehearse
 from .repeatable import repeatable
 from .sample import evaluate, sample
-from .solution import Job, Linear, Prediction, Progress, State, solve_linear
+from .solution import Job, Linear, Prediction, Progress, State, build_system, solve_linear
 from .stack import Stack
 from .training import Training
 
@@ -241,7 +242,15 @@ def _fit_irem(job: Job) -> Fit:
     if not np.isfinite(noise).all():
         raise FloatingPointError("the stacks hold numbers that are not finite")
     example = rehearse(job, linear, noise) if options.steps else None
-    training = Training(field, example, _held_out(job, linear), job.settings, job.device)
+    system = build_system(job, job.grid, linear.state)
+    training = Training(
+        field,
+        example,
+        _held_out(job, linear),
+        lambda guess: reconciled(system, guess),
+        job.settings,
+        job.device,
+    )
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}

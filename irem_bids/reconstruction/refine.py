@@ -32,6 +32,7 @@ from .trajectory import Path
 LEVER = 50.0  # mm from the pivot at which a rotation's size is measured
 LARGEST = 5.0  # mm: a linearisation holds for about a voxel, so a step goes no further
 WIDTHS = (0.6, 1.7)  # bounds of the width of the profile over the assumed one
+DISTRUSTED = 0.9  # weight of a slice below which it has no say in where others were
 RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
 
 
@@ -53,6 +54,8 @@ class _Linearised:
     def __init__(self, system: System, s: int, volume: Tensor, weight: Tensor, free: Freedom):
         model, receiver = system.models[s], system.receivers[s]
         self.model, self.weight = model, weight
+        self.trust = system.slice_weights[s]
+        self.whole = (system.confidence[s] * model.counts).to(model.device)
         self.path = free.paths[s] if free.paths else None
         factor = receiver.factors(model.voxels).to(model.device)
         columns: list[Tensor] = []
@@ -93,6 +96,7 @@ class _Linearised:
         slices = 6 * model.slices if self.local is not None else 0
         full = np.zeros((slices + m, slices + m))
         self.pull = np.zeros(slices + m)
+        self.blocks = np.zeros((model.slices, 6, 6))
         columns = self.shared if self.local is None else torch.cat([self.local, self.shared], 1)
         for k in range(model.slices):  # products of a slice in float32, their sum in float64
             part = slice(int(model.starts[k]), int(model.starts[k + 1]))
@@ -102,7 +106,7 @@ class _Linearised:
             full[slices:, slices:] += own[inner:, inner:]
             if inner:
                 at = slice(6 * k, 6 * k + 6)
-                full[at, at] = own[:6, :6]
+                full[at, at] = self.blocks[k] = own[:6, :6]
                 full[at, slices:], full[slices:, at] = own[:6, 6:], own[6:, :6]
         if self.local is not None and self.path is not None:
             prior = self.path.precision()
@@ -153,8 +157,28 @@ class _Linearised:
         return Metric(apply, offset)
 
     def step(self, residual: Tensor) -> NDArray[np.float64]:
-        """theta for a residual."""
-        return np.asarray(self.inverse @ (self.project(self.weight * residual) - self.pull))
+        """theta for a residual; the order of acquisition is chosen for the next round."""
+        asked = self.project(self.weight * residual)
+        if self.path is not None:
+            self.path.choose(self.blocks, asked[: 6 * self.model.slices])
+        theta = np.asarray(self.inverse @ (asked - self.pull))
+        for k in np.flatnonzero(self.trust < DISTRUSTED) if self.path is not None else ():
+            theta[6 * k : 6 * k + 6] = self._alone(int(k), residual)
+        return theta
+
+    def _alone(self, k: int, residual: Tensor) -> NDArray[np.float64]:
+        """(6,) step of a distrusted slice: as if it were sound, with the others where they are.
+
+        It may only lie wrong; where that is so it comes to fit, and counts again.
+        """
+        assert self.local is not None and self.path is not None
+        part = slice(int(self.model.starts[k]), int(self.model.starts[k + 1]))
+        columns, whole = self.local[part], self.whole[part]
+        own = (columns.T @ (whole[:, None] * columns)).double().cpu().numpy()
+        asked = (columns.T @ (whole * residual[part])).double().cpu().numpy()
+        at = slice(6 * k, 6 * k + 6)
+        own += self.path.precision()[at, at]
+        return np.linalg.solve(own, asked - self.pull[at])
 
 
 def refine(

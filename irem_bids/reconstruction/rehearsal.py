@@ -10,8 +10,9 @@ the subject's own stacks is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from .acquisition import Receiver, StackModel
+from .consistency import unseen
 from .geometry import Grid, mean_index
-from .linear import Prior, restored, solve
+from .linear import Prior, System, restored, solve
 from .solution import Job, Linear, State, build_system, carry
 from .stack import Stack
 
@@ -33,11 +35,15 @@ FEWEST = 50  # voxels of each stack in it
 
 @dataclass(frozen=True)
 class Example:
-    """What the solver made of an image (X, Y, Z), what it missed, and where that counts."""
+    """What the solver made of an image (X, Y, Z), what it missed, and where that counts.
+
+    ``unseen``: shape of a block to :func:`.consistency.unseen`.
+    """
 
     solution: Tensor
     missing: Tensor
     mask: Tensor
+    unseen: Callable[[tuple[int, int, int]], Tensor]
 
 
 def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None:
@@ -64,9 +70,11 @@ def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None
     )
     prior = Prior(linear.info["penalty"]["weight"], linear.info["penalty"]["width"])
     part = replace(job, prepared=prepared, grid=block, checkpoint=None, progress=None)
-    solution = _solved(part, linear.state, prior)
+    system = build_system(part, block, _still(linear.state))
+    solution = _solved(part, system, prior)
     truth = torch.from_numpy(np.ascontiguousarray(turned.image[::2, ::2, ::2])).to(job.device)
-    return Example(solution, truth - solution, torch.from_numpy(mask).to(job.device))
+    counts = torch.from_numpy(mask).to(job.device)
+    return Example(solution, truth - solution, counts, partial(unseen, system))
 
 
 @dataclass(frozen=True)
@@ -141,25 +149,29 @@ def _scanned(job: Job, state: State, number: int, block: Grid, turned: _Turned) 
     return stack.with_data(data, use)
 
 
-def _solved(job: Job, state: State, prior: Prior) -> Tensor:
-    """The simulated stacks' image, by what solves for that of the real ones."""
-    at = State(
+def _still(state: State) -> State:
+    """The simulated stacks' acquisition: receivers of 1, every slice sound."""
+    return State(
         state.poses,
         [Receiver()] * len(state.poses),
         [np.ones(len(p)) for p in state.poses],
         state.widths,
     )
+
+
+def _solved(job: Job, system: System, prior: Prior) -> Tensor:
+    """The simulated stacks' image, by what solves for that of the real ones."""
     options, voxel = job.settings.srr, float(job.grid.voxel_size[0])
     coarse = job.grid.resampled(2 * voxel)
     volume = solve(
-        build_system(job, coarse, at),
+        build_system(job, coarse, State.of(system, None)),
         torch.zeros(coarse.shape, device=job.device),
         prior.on_grid(2.0),
         iterations=20,
         reweightings=2,
     )
     return restored(
-        build_system(job, job.grid, at),
+        system,
         carry(volume, coarse, job.grid),
         prior,
         iterations=options.srr_iterations,

@@ -23,7 +23,7 @@ from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
 from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
-from .refine import Freedom, refine, share_shading
+from .refine import DISTRUSTED, Freedom, refine, share_shading
 from .robust import slice_weights
 from .stack import Stack
 
@@ -175,7 +175,10 @@ def binned(
 
 
 def build_system(job: Job, grid: Grid, state: State) -> System:
-    """The stacks' models on ``grid``, binned to its voxel; voxels seen by no stack stay 0."""
+    """The stacks' models on ``grid``, binned to its voxel.
+
+    Voxels that no stack sees stay 0, but for those between slices that leave gaps.
+    """
     prepared, models = job.prepared, []
     rows = zip(prepared.stacks, job.uses, state.poses, state.widths, strict=True)
     for stack, use, poses, width in rows:
@@ -189,14 +192,27 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     parts = torch.zeros((models[0].parts, *grid.shape), device=job.device)
     for model in models:
         model.spread(torch.ones_like(model.values), parts)
+    seen = parts.sum(0) > 1e-3
+    gap = max(model.gap for model in models)
+    if gap > 0:
+        seen = torch.from_numpy(_closed(seen.cpu().numpy(), gap / 2 + 1)).to(seen.device)
     return System(
         models,
         list(state.receivers),
         [float(c) for c in confidence],
         [np.array(w) for w in state.slice_weights],
-        (parts.sum(0) > 1e-3).float(),
+        seen.float(),
         prepared.reference,
     )
+
+
+def _closed(where: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
+    """Closing by a ball of ``radius`` voxels: every hole that no such ball fits into is filled."""
+    wide = np.pad(where, int(radius) + 2)
+    near = distance_transform_edt(~wide) <= radius
+    closed = distance_transform_edt(near) > radius
+    inner = tuple(slice(int(radius) + 2, -(int(radius) + 2)) for _ in range(3))
+    return where | closed[inner]
 
 
 class Prediction:
@@ -372,6 +388,14 @@ class _Solver:
             after=self._after(free),
         )
         self.info["pose_steps_mm"] += steps
+        for path, model, weights in zip(
+            free.paths or [], system.models, system.slice_weights, strict=free.paths is not None
+        ):
+            distrusted = weights < DISTRUSTED
+            if distrusted.any() and not distrusted.all():
+                # an image that fits nowhere tells nothing of where its slice was
+                poses = path.bridged(distrusted, model.pivot)
+                model.set_poses(np.where(distrusted[:, None, None], poses, model.poses))
 
     def _after(self, free: Freedom) -> Callable[[System, list[Tensor]], None]:
         def after(system: System, residuals: list[Tensor]) -> None:

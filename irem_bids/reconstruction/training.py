@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the default field: what the linear solution misses (:mod:`.rehearsal`).
 
-The loss of a batch of blocks of the example is the mean of (R - m)^2 over its mask, with m what
-the solver missed of the simulated scan's known image and R what the network adds; blocks are
-mirrored at random.  The network is used if with it the held-out voxels of the real scan are
-predicted better than without.
+The loss of a batch of blocks of the example is the mean of (P (R - m))^2 over its mask, with m
+what the solver missed of the simulated scan's known image, R what the network adds and P the
+share of an error that the stacks leave (:mod:`.consistency`); blocks are mirrored at random.
+The network is used if with it, and reconciled with the stacks, the held-out voxels of the real
+scan are predicted better than without.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CHECKS = 8  # states to step back to
 BLOCK = 24  # voxels of a block's edge
 WARM = 20  # steps in which the learning rate rises
 LAST_RATE = 0.02  # of the learning rate, at the end
+VOLUMES = ("base.volume", "correction")  # of a field: not among what training changes
 
 
 class Training:
@@ -39,7 +41,8 @@ class Training:
     the loss is not finite, it steps back to the last state that was checked, at a lower rate.
 
     ``held_out`` gives the mean squared error of the held-out voxels for a volume (X, Y, Z) on
-    the field's grid; None where there are none.
+    the field's grid; None where there are none.  ``reconcile`` brings a volume back to the stacks
+    (:func:`.consistency.reconciled`).
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class Training:
         field: ResidualField,
         example: Example | None,
         held_out: Callable[[Tensor], float] | None,
+        reconcile: Callable[[Tensor], Tensor],
         settings: Settings,
         device: str,
     ) -> None:
-        self.field = field.to(device)
+        self.field, self.reconcile = field.to(device), reconcile
         self.held_out, self.device, self.options = held_out, device, settings.irem
         self.optimiser = torch.optim.Adam(
             field.parameters(), lr=self.options.learning_rate, betas=(0.9, 0.99)
@@ -71,6 +75,7 @@ class Training:
         self.best = float("inf")
         self.best_state: dict[str, Tensor] = {}
         self.best_image: Tensor | None = None  # of this run; what was resumed has none yet
+        self.best_correction = torch.zeros_like(self.field.correction)
         self.pieces, self.retreat = Pieces("training"), Retreat()
         self.good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
@@ -80,6 +85,7 @@ class Training:
         self.size = [min(BLOCK, n) for n in example.mask.shape]
         self.solution = torch.nn.functional.pad(example.solution[None, None], (edge,) * 6)[0, 0]
         self.missing, self.mask = example.missing, example.mask.float()
+        self.unseen = example.unseen((self.size[0], self.size[1], self.size[2]))
         low = [n // 2 for n in self.size]
         room = [m - n + 1 for m, n in zip(example.mask.shape, self.size, strict=True)]
         middle = example.mask
@@ -113,8 +119,12 @@ class Training:
                 last = time.monotonic()
         if self.history["held_out_step"][-1] != self.step:
             self.judge()
-        self.field.load_state_dict(self.best_state | self._base)
-        self.field.whole = self.best_image
+        self.field.load_state_dict(self.best_state | self._volumes)
+        if self.best_image is None:
+            self.field.settle(self.reconcile)
+        else:
+            self.field.correction.copy_(self.best_correction)
+            self.field.whole = self.best_image
 
     def advance(self) -> None:
         """One step of Adam; the learning rate rises, then falls along a cosine."""
@@ -146,8 +156,10 @@ class Training:
         counted = masks.sum().clamp_min(1.0)
         for first in range(0, len(place), most):
             part = slice(first, first + most)
-            error = (self.field.missing(solutions[part]) - missing[part]) ** 2
-            loss = (masks[part] * error).sum() / counted / self.field.options["scale"] ** 2
+            error = masks[part] * (self.field.missing(solutions[part]) - missing[part])
+            waves = torch.fft.rfftn(error, dim=(1, 2, 3)) * self.unseen
+            left = torch.fft.irfftn(waves, s=self.size, dim=(1, 2, 3))
+            loss = (left**2).sum() / counted / self.field.options["scale"] ** 2
             loss.backward()
             total += loss.detach()
         return total
@@ -186,10 +198,8 @@ class Training:
 
         Where no voxel is held out, the last state is the best.
         """
-        self.field.forget()
-        with torch.no_grad():
-            volume = self.field.corrected()
-            error = self.held_out(volume) if self.held_out else 0.0
+        volume = self.field.settle(self.reconcile)
+        error = self.held_out(volume) if self.held_out else 0.0
         if not np.isfinite(error):
             if not self.step:
                 raise FloatingPointError(
@@ -202,15 +212,14 @@ class Training:
         self.history["held_out"].append(error)
         if error < self.best or not self.held_out:
             self.best, self.best_image = error, volume
+            self.best_correction = self.field.correction.clone()
             self.best_state = {
-                k: v.clone() for k, v in self.field.state_dict().items() if k != "base.volume"
+                k: v.clone() for k, v in self.field.state_dict().items() if k not in VOLUMES
             }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of all that changes: tensors, and what JSON can hold."""
-        tensors = {
-            f"field.{k}": v for k, v in self.field.state_dict().items() if k != "base.volume"
-        }
+        tensors = {f"field.{k}": v for k, v in self.field.state_dict().items() if k not in VOLUMES}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -242,7 +251,7 @@ class Training:
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
-        self.field.load_state_dict(_part(tensors, "field.") | self._base)
+        self.field.load_state_dict(_part(tensors, "field.") | self._volumes)
         self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()}
         self.best_image = None
         adam: dict[int, dict[str, Any]] = {}
@@ -258,8 +267,8 @@ class Training:
         self.retreat = Retreat(*record["retreat"])
 
     @property
-    def _base(self) -> dict[str, Tensor]:
-        return {"base.volume": self.field.base.volume}
+    def _volumes(self) -> dict[str, Tensor]:
+        return {name: v for name, v in self.field.state_dict().items() if name in VOLUMES}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag, solve_triangular
 
 from .geometry import RigidTransform
 
 MISFIT = 2.0  # residuals of neighbouring voxels are alike: each counts as half a sample
 STEP = (0.5, 0.5)  # degrees and mm between slices that follow each other, at first
+TRIALS = (0.15, 0.5, 1.5)  # degrees and mm: sizes of the steps at which orders are compared
 SMALLEST, LARGEST = 0.08, 2.0  # bounds of both
 ANCHOR = 5.0  # degrees and mm: standard deviation of a slice's place about its stack's
 GAUGE = 1e4  # strength, over the anchor's, that keeps the reference's mean motion at 0
@@ -42,7 +44,7 @@ class Path:
         (K, 6) rotation vectors (rad) and translations (mm) about the stack's middle, of each
         slice relative to the pose that its stack had at first.
     candidates
-        Name of an order of acquisition to the order; the smoothest is used.
+        Name of an order of acquisition to the order; :meth:`choose` takes one.
     noise
         Variance of the residuals, scaled intensity squared.
     shares
@@ -66,17 +68,26 @@ class Path:
     def __post_init__(self) -> None:
         self.order = self.order or next(iter(self.candidates))
 
-    def precision(self) -> NDArray[np.float64]:
-        """(6K, 6K) L: of the walk's steps, the anchor and, of the reference, the gauge."""
-        slices = len(self.motion)
-        order = self.candidates[self.order]
-        walk = np.zeros((slices, slices))
+    def _walk(self, name: str | None = None) -> NDArray[np.float64]:
+        """(K, K) x^T walk x: the sum of squared steps in the order of acquisition."""
+        order = self.candidates[name or self.order]
+        walk = np.zeros((len(order), len(order)))
         for a, b in itertools.pairwise(order):
             walk[a, a] += 1
             walk[b, b] += 1
             walk[a, b] -= 1
             walk[b, a] -= 1
-        per_step = 1 / (np.repeat(self.step, 3) * self._scale) ** 2
+        return walk
+
+    def precision(
+        self, order: str | None = None, step: tuple[float, float] | None = None
+    ) -> NDArray[np.float64]:
+        """(6K, 6K) L: of the walk's steps, the anchor and, of the reference, the gauge.
+
+        At another order of acquisition or another size of its steps, where given.
+        """
+        slices, walk = len(self.motion), self._walk(order)
+        per_step = 1 / (np.repeat(step or self.step, 3) * self._scale) ** 2
         per_slice = 1 / (ANCHOR * self._scale) ** 2
         total = np.kron(walk, np.diag(per_step)) + np.kron(np.eye(slices), np.diag(per_slice))
         if self.shares is not None:
@@ -89,15 +100,53 @@ class Path:
         back = self.base.inverse()
         self.motion = np.stack([(RigidTransform(p) @ back).to_vector(pivot) for p in poses])
 
+    def bridged(
+        self, distrusted: NDArray[np.bool_], pivot: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """(K, 4, 4) poses of the slices, with those of the ``distrusted`` (K,) taken from the
+        others: the mean of the walk between their neighbours in time (the prior's conditional
+        mean).  The motion follows; it is about ``pivot``.
+        """
+        walk = self._walk()
+        for number, size in enumerate(np.repeat(self.step, 3)):
+            precision = walk / size**2 + np.eye(len(walk)) / ANCHOR**2
+            known = precision[np.ix_(distrusted, ~distrusted)] @ self.motion[~distrusted, number]
+            own = precision[np.ix_(distrusted, distrusted)]
+            self.motion[distrusted, number] = -np.linalg.solve(own, known)
+        moves = [RigidTransform.from_vector(v, pivot) @ self.base for v in self.motion]
+        return np.stack([move.matrix for move in moves])
+
+    def choose(self, blocks: NDArray[np.float64], pull: NDArray[np.float64]) -> None:
+        """Take the order of acquisition that the data make most likely, by its evidence.
+
+        The present path was smoothed in the present order, which would confirm itself.  The
+        data alone say 1/2 (m - m_0)^T B (m - m_0) - p^T (m - m_0) of a motion m, in units of
+        the noise, about the present one: ``blocks`` B (K, 6, 6) and ``pull`` p (6K,).  With the
+        prior m ~ N(0, L^-1) the evidence is 1/2 log |L| - 1/2 log |B + L| +
+        1/2 b^T (B + L)^-1 b, with b = p + B m_0.
+        """
+        if len(self.candidates) < 2:
+            return
+        units = np.tile(self._scale, len(self.motion))  # to degrees and mm: better conditioned
+        unit = self.noise * MISFIT * units[:, None] ** -1 * units[None, :] ** -1
+        data = block_diag(*(blocks / (self.noise * MISFIT)))
+        aim = (pull / (self.noise * MISFIT) + data @ self.motion.ravel()) * units
+        data *= units[:, None] * units[None, :]
+        found: dict[str, float] = {}
+        for name in self.candidates:
+            for size in TRIALS:
+                prior = self.precision(name, (size, size)) / unit
+                whole = np.linalg.cholesky(data + prior)
+                half = solve_triangular(whole, aim, lower=True)
+                spread = np.log(np.diag(np.linalg.cholesky(prior))).sum()
+                evidence = spread - np.log(np.diag(whole)).sum() + half @ half / 2
+                found[name] = max(found.get(name, -np.inf), float(evidence))
+        self.order = max(found, key=lambda name: found[name])
+
     def adapt(self, noise: float) -> None:
-        """Take the order in which the path is smoothest, and its steps' size."""
+        """Take the size of the path's steps in the order of acquisition."""
         self.noise = noise
         units = self.motion / self._scale
-        lengths = {
-            name: float(np.mean(np.diff(units[order], axis=0) ** 2))
-            for name, order in self.candidates.items()
-        }
-        self.order = min(lengths, key=lambda name: lengths[name])
         steps = np.diff(units[self.candidates[self.order]], axis=0)
         # the median does not see the few slices that were damaged
         size = 1.4826 * np.median(np.abs(steps), axis=0)
