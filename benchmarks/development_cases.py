@@ -35,6 +35,7 @@ from irem_bids.reconstruction.uncertainty import standard_deviation
 from irem_bids.settings import WITH_DEVIATION, Settings
 
 MOTION = {"motion_degrees": 4.0, "motion_mm": 4.0, "gain": 0.08}
+HEAD = 100  # voxels of the head that a slice shows at least, to have a pose
 STRENGTHS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)  # of SRR's penalty, over the automatic one
 T1W, T1W_COARSE = "studyforrest_res-1mm_T1w.nii.gz", "studyforrest_res-1p5mm_T1w.nii.gz"
 FLAIR = "flair_mni1mm.nii.gz"
@@ -86,27 +87,48 @@ def plant(volume: np.ndarray, grid: Grid, seed: int) -> tuple[np.ndarray, list[d
 
 
 def slice_errors(
-    prepared: Prepared, found: Fit, simulated: list[SimulatedStack]
-) -> dict[str, float]:
-    """Distance (mm) of the head's voxels from where they belong, per slice, one motion removed."""
+    prepared: Prepared, found: Fit, simulated: list[SimulatedStack], head: tuple[np.ndarray, Grid]
+) -> dict[str, Any]:
+    """Distance (mm) of a slice's foreground from where it belongs, one common motion removed.
+
+    Of the slices that show ``HEAD`` voxels or more of the ``head`` (mask, grid of the truth):
+    one that lies in the air has no pose that an image could tell.  ``damaged``: of those whose
+    image was dropped or torn, which are among the others, too; ``with_air``: of every slice.
+    """
     moved, target, which = [], [], []
+    shown, bad = [], []
     number = 0
     for stack, one in zip(prepared.stacks, simulated, strict=True):
         first = prepared_slices(one.stack, stack)["first"]
         poses = found.slice_poses.get(stack.label)
+        broken = {d.slice for d in one.draw.damage}
         voxels = np.argwhere(stack.mask)
         for k in np.unique(voxels[:, stack.slice_axis]):
             points = stack.grid.to_world(voxels[voxels[:, stack.slice_axis] == k][::7])
             pose = RigidTransform(poses[k]) if poses is not None else found.poses[stack.label]
             moved.append(pose.apply(points))
             target.append(one.draw.slice_pose(first + int(k)).apply(points))
+            inside = map_coordinates(
+                head[0].astype(np.uint8), head[1].to_index(target[-1]).T, order=0
+            )
+            shown.append(7 * int(inside.sum()))
+            bad.append(first + int(k) in broken)
             which += [number] * len(points)
             number += 1
     a, b = np.concatenate(moved), np.concatenate(target)
     away = np.linalg.norm(common_motion(a, b).apply(a) - b, axis=1)
-    each = np.bincount(which, away) / np.bincount(which)
+    every = np.bincount(which, away) / np.bincount(which)
+    shows, torn = np.array(shown) >= HEAD, np.array(bad)
+    each = every[shows]
     middle, high = np.quantile(each, [0.5, 0.95])
-    return {"mean": float(each.mean()), "median": float(middle), "p95": float(high)}
+    return {
+        "mean": float(each.mean()),
+        "median": float(middle),
+        "p95": float(high),
+        "slices": len(each),
+        "damaged": float(every[shows & torn].mean()) if (shows & torn).any() else None,
+        "with_air": float(every.mean()),
+    }
 
 
 def damage_weights(prepared: Prepared, found: Fit, simulated: list[SimulatedStack]) -> dict:
@@ -121,6 +143,8 @@ def damage_weights(prepared: Prepared, found: Fit, simulated: list[SimulatedStac
         "damaged": sorted(round(w, 4) for w in bad),
         "largest_damaged": max(bad, default=None),
         "smallest_sound": min(sound, default=None),
+        "sound_below_0.8": sum(w < 0.8 for w in sound),
+        "sound": len(sound),
     }
 
 
@@ -236,7 +260,8 @@ class Bench:
             errors = pose_errors(found.poses, true, self.mask, self.grid)
             out["target_registration_error_mm"] = errors
         if self.protocol.slice_mm or found.slice_poses:
-            out["slice_error_mm"] = slice_errors(self.prepared, found, self.simulated)
+            truth = (self.mask, self.grid)
+            out["slice_error_mm"] = slice_errors(self.prepared, found, self.simulated, truth)
         if found.slice_weights:
             out["weights"] = damage_weights(self.prepared, found, self.simulated)
             out["widths"] = found.widths

@@ -26,9 +26,13 @@ ITERATIONS = 3  # of conjugate gradients from the guess; 8 change the PSNR by 0.
 
 
 def density(system: System) -> list[float]:
-    """Per stack d_s: its weight per voxel of the volume that any stack sees."""
-    voxels = max(float(system.domain.sum(dtype=torch.float64)), 1.0)
-    return [float(w.sum(dtype=torch.float64)) / voxels for w in system.weights()]
+    """Per stack d_s: its weight per voxel of the volume, where it looks."""
+    each = []
+    for model, weight in zip(system.models, system.weights(), strict=True):
+        sizes = np.abs(np.linalg.det(model.rows.maps[:, :, :3]))  # of its voxels, in the volume's
+        mean = float(weight.mean(dtype=torch.float64)) if len(weight) else 0.0
+        each.append(mean / float(sizes.mean()))
+    return each
 
 
 def reconciled(system: System, guess: Tensor) -> Tensor:

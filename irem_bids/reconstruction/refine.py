@@ -27,12 +27,14 @@ from torch import Tensor
 from .acquisition import Receiver
 from .geometry import RigidTransform
 from .linear import Metric, Prior, System, solve
-from .trajectory import Path
+from .trajectory import MISFIT, Path
 
 LEVER = 50.0  # mm from the pivot at which a rotation's size is measured
 LARGEST = 5.0  # mm: a linearisation holds for about a voxel, so a step goes no further
 WIDTHS = (0.6, 1.7)  # bounds of the width of the profile over the assumed one
 DISTRUSTED = 0.9  # weight of a slice below which it has no say in where others were
+BELIEVABLE = 6.0  # standard deviations of the walk that a distrusted slice may be off its mean
+LITTLE = 0.1  # of the largest slice's voxels: a slice with less may go astray
 RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
 
 
@@ -162,23 +164,36 @@ class _Linearised:
         if self.path is not None:
             self.path.choose(self.blocks, asked[: 6 * self.model.slices])
         theta = np.asarray(self.inverse @ (asked - self.pull))
-        for k in np.flatnonzero(self.trust < DISTRUSTED) if self.path is not None else ():
-            theta[6 * k : 6 * k + 6] = self._alone(int(k), residual)
+        if self.path is None:
+            return theta
+        prior, rows = self.path.precision(), np.diff(self.model.starts)
+        distrusted = self.trust < DISTRUSTED
+        for k in np.flatnonzero(distrusted | (rows < LITTLE * rows.max())):
+            at = slice(6 * k, 6 * k + 6)
+            if distrusted[k]:
+                theta[at] = self._alone(int(k), residual, prior[at, at])
+            # a bad image, or one with next to no head in it, fits where there is nothing to see
+            home = -np.linalg.solve(prior[at, at], self.pull[at])
+            away = theta[at] - home
+            unlikely = away @ prior[at, at] @ away > self.path.noise * MISFIT * BELIEVABLE**2
+            if unlikely if distrusted[k] else float(_sizes(away[None])[0]) > LARGEST:
+                theta[at] = home
         return theta
 
-    def _alone(self, k: int, residual: Tensor) -> NDArray[np.float64]:
+    def _alone(self, k: int, residual: Tensor, prior: NDArray[np.float64]) -> NDArray[np.float64]:
         """(6,) step of a distrusted slice: as if it were sound, with the others where they are.
 
-        It may only lie wrong; where that is so it comes to fit, and counts again.
+        It may only lie wrong; where that is so it comes to fit, and counts again.  ``prior``
+        (6, 6) is the slice's own block of the walk's precision.
         """
-        assert self.local is not None and self.path is not None
+        if self.local is None:
+            return np.zeros(6)
         part = slice(int(self.model.starts[k]), int(self.model.starts[k + 1]))
         columns, whole = self.local[part], self.whole[part]
         own = (columns.T @ (whole[:, None] * columns)).double().cpu().numpy()
         asked = (columns.T @ (whole * residual[part])).double().cpu().numpy()
-        at = slice(6 * k, 6 * k + 6)
-        own += self.path.precision()[at, at]
-        return np.linalg.solve(own, asked - self.pull[at])
+        step = np.linalg.solve(own + prior, asked - self.pull[6 * k : 6 * k + 6])
+        return np.asarray(step)
 
 
 def refine(

@@ -23,7 +23,7 @@ from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
 from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
-from .refine import DISTRUSTED, Freedom, refine, share_shading
+from .refine import Freedom, refine, share_shading
 from .robust import slice_weights
 from .stack import Stack
 
@@ -38,6 +38,7 @@ ROUND_ITERATIONS = 5  # conjugate gradients of a round
 TRIAL_ROUNDS = 2  # of those at the level where the motion is chosen, before it is
 FINE_ROUNDS = 3  # of stack poses on the result's grid
 WIDTH_ROUNDS = 3
+BAD = 0.5  # weight of a slice below which its pose is that between its neighbours in time
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
 
@@ -391,11 +392,11 @@ class _Solver:
         for path, model, weights in zip(
             free.paths or [], system.models, system.slice_weights, strict=free.paths is not None
         ):
-            distrusted = weights < DISTRUSTED
-            if distrusted.any() and not distrusted.all():
+            bad = weights < BAD
+            if bad.any() and not bad.all():
                 # an image that fits nowhere tells nothing of where its slice was
-                poses = path.bridged(distrusted, model.pivot)
-                model.set_poses(np.where(distrusted[:, None, None], poses, model.poses))
+                poses = path.bridged(bad, model.pivot)
+                model.set_poses(np.where(bad[:, None, None], poses, model.poses))
 
     def _after(self, free: Freedom) -> Callable[[System, list[Tensor]], None]:
         def after(system: System, residuals: list[Tensor]) -> None:

@@ -187,8 +187,9 @@ def _network(settings: Settings) -> str:
         f" A convolutional network ({chosen.layers} layers of {chosen.hidden} channels, "
         f"{chosen.steps} training steps) adds what the solution misses. It was trained on the "
         "subject's own stacks only: the solution of a block of the head was turned, the scan was "
-        "simulated from it and solved again, and the network learned the difference; it is used "
-        "where it lowers the error of held-out voxels."
+        "simulated from it and solved again, and the network learned the difference. What it said "
+        "was reconciled with the stacks [@schwab2019deep], so that it adds only detail that they "
+        "cannot see; it is used where it lowers the error of held-out voxels."
     )
 
 

@@ -132,17 +132,74 @@ def test_precision_is_the_walks_inverse_covariance() -> None:
     assert motion.ravel() @ found @ motion.ravel() == pytest.approx(cost)
 
 
-def test_order_of_acquisition_is_told_from_the_path() -> None:
-    random = np.random.default_rng(3)
+def walked(order: np.ndarray, size: float, seed: int = 3) -> np.ndarray:
+    """(K, 6) a random walk in ``order``, of steps of ``size`` degrees and mm."""
+    motion = np.empty((len(order), 6))
+    steps = np.random.default_rng(seed).normal(0, size, (len(order), 6))
+    motion[order] = np.cumsum(steps, axis=0)
+    motion[:, :3] = np.deg2rad(motion[:, :3])
+    return motion
+
+
+def test_order_of_acquisition_is_told_from_the_data() -> None:
+    """Also where the present path is that of another order, or still at rest."""
+    scale = np.repeat([np.deg2rad(1.0), 1.0], 3)
     for name, order in orders(30).items():
-        motion = np.empty((30, 6))
-        motion[order] = np.cumsum(random.normal(0, 0.7, (30, 6)), axis=0)
-        motion[:, :3] = np.deg2rad(motion[:, :3])
-        path = Path(motion, orders(30), noise=1.0)
+        motion = walked(order, 0.7)
+        blocks = np.repeat(np.diag(400.0 / scale**2)[None], 30, axis=0)  # 0.07 mm and degrees
+        for present in (motion, np.zeros_like(motion)):
+            path = Path(present.copy(), orders(30), noise=1.0)
+            pull = np.einsum("kab,kb->ka", blocks, motion - present).ravel()
+            path.choose(blocks, pull)
+            assert path.order == name
+        path.motion = motion
         path.adapt(1.0)
-        assert path.order == name
         assert path.step == pytest.approx((0.7, 0.7), rel=0.35)
     assert list(orders(4, np.array([0.0, 2.0, 1.0, 3.0]))["SliceTiming"]) == [0, 2, 1, 3]
+
+
+def test_evidence_of_an_order_is_the_marginal_likelihood() -> None:
+    """Against the density of the data with the motion integrated out, by brute force."""
+    random = np.random.default_rng(5)
+    found = {}
+    candidates = {k: v for k, v in orders(6).items() if k in ("sequential", "interleaved")}
+    for seed in range(12):
+        size = (0.15, 0.5, 1.5)[seed % 3]
+        motion = walked(candidates["interleaved"], size, seed)
+        scale = np.repeat([np.deg2rad(1.0), 1.0], 3)
+        seen = motion + scale * random.normal(0, 0.3, motion.shape)
+        blocks = np.repeat(np.diag(1 / (0.3 * scale) ** 2)[None], 6, axis=0) * MISFIT
+        path = Path(np.zeros((6, 6)), candidates, noise=1.0)
+        path.choose(blocks, (blocks[0] @ seen.T).T.ravel())
+        logs = {}
+        for name in candidates:
+            best = -np.inf
+            for step in (0.15, 0.5, 1.5):
+                prior = np.linalg.inv(path.precision(name, (step, step)) / MISFIT)
+                whole = prior + np.diag(np.tile((0.3 * scale) ** 2, 6))
+                sign, size_of = np.linalg.slogdet(whole)
+                assert sign > 0
+                misfit = seen.ravel() @ np.linalg.solve(whole, seen.ravel())
+                best = max(best, -0.5 * (size_of + misfit))
+            logs[name] = best
+        found[seed] = path.order == max(logs, key=lambda name: logs[name])
+    assert all(found.values())
+
+
+def test_a_distrusted_slice_lies_between_its_neighbours_in_time() -> None:
+    order = np.array([0, 2, 4, 1, 3, 5])
+    motion = walked(order, 0.7)
+    path = Path(motion.copy(), {"given": order}, noise=1.0, base=RigidTransform())
+    distrusted = np.array([False, False, True, False, False, False])
+    poses = path.bridged(distrusted, np.zeros(3))
+    # the walk's mean between slices 0 and 1, pulled a little to rest
+    prior = path.precision().reshape(6, 6, 6, 6)
+    for c in range(6):
+        own, others = prior[2, c, 2, c], prior[2, c, :, c].copy()
+        others[2] = 0
+        assert path.motion[2, c] == pytest.approx(-others @ motion[:, c] / own)
+    assert np.allclose(path.motion[~distrusted], motion[~distrusted])
+    assert np.allclose(poses[2], RigidTransform.from_vector(path.motion[2], np.zeros(3)).matrix)
 
 
 def test_metric_is_the_quadratic_form_it_says() -> None:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guess reconciled with the stacks, against dense algebra; what is left of its error."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from irem_bids.reconstruction import consistency
+from irem_bids.reconstruction.consistency import GUESS, density, reconciled, unseen
+from irem_bids.reconstruction.geometry import Grid
+from irem_bids.reconstruction.linear import System
+from irem_bids.reconstruction.optimise import fit
+from irem_bids.reconstruction.prepare import output_grid, prepare
+from irem_bids.reconstruction.simulate import Protocol, simulate
+from irem_bids.reconstruction.solution import Job, State, build_system
+from irem_bids.settings import Settings
+from tests.phantom import head
+
+SETTINGS = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+
+
+def made(shape: tuple[int, int, int], voxel: float, thickness: float) -> tuple[Job, System]:
+    stacks = simulate(*head(shape, voxel), Protocol(thickness=thickness, snr=40, seed=3))
+    prepared = prepare([s.stack for s in stacks], SETTINGS)
+    job = Job(prepared, output_grid(prepared, SETTINGS.output), SETTINGS, "cpu", None, None)
+    return job, build_system(job, job.grid, State.registered(prepared))
+
+
+def test_reconciled_against_dense_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, system = made((12, 14, 11), 4.0, 12.0)
+    monkeypatch.setattr(consistency, "ITERATIONS", 200)
+    random = torch.Generator().manual_seed(1)
+    guess = torch.rand(system.grid.shape, generator=random) * system.domain
+    inside = system.domain.flatten() > 0
+    columns = []  # of A, by one volume each
+    for voxel in inside.nonzero()[:, 0]:
+        unit = torch.zeros(system.domain.numel())
+        unit[voxel] = 1
+        volume = unit.reshape(system.grid.shape)
+        columns.append(torch.cat([m.forward(volume) for m in system.models]))
+    matrix = torch.stack(columns, 1).double().numpy()
+    weights = torch.cat(system.weights()).double().numpy()
+    values = torch.cat([m.values for m in system.models]).double().numpy()
+    strength = GUESS * sum(density(system))
+    start = guess.flatten()[inside].double().numpy()
+    normal = matrix.T @ (weights[:, None] * matrix) + strength * np.eye(len(start))
+    expected = np.linalg.solve(normal, matrix.T @ (weights * values) + strength * start)
+    found = reconciled(system, guess).flatten()
+    assert np.allclose(found[inside].numpy(), expected, atol=2e-4)
+    assert not found[~inside].any()
+
+
+def test_what_is_left_of_an_error_is_what_unseen_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waves that all stacks suppress stay, waves that one passes go, in the middle of a volume."""
+    _, system = made((36, 36, 36), 2.0, 8.0)
+    monkeypatch.setattr(consistency, "ITERATIONS", 60)
+    shape = system.grid.shape
+    share = unseen(system, shape)
+    assert share.shape == (*shape[:2], shape[2] // 2 + 1)
+    truth = torch.zeros(shape)
+    for model in system.models:  # data of an empty head
+        model.values = model.forward(truth)
+    middle = tuple(slice(n // 2 - 6, n // 2 + 6) for n in shape)
+    index = np.indices(shape)
+    for turns in ((4, 0, 0), (0, 0, 6), (8, 8, 8), (9, 9, 0), (6, 7, 8)):
+        phase = sum(2 * np.pi * t / n * i for t, n, i in zip(turns, shape, index, strict=True))
+        wave = torch.from_numpy(np.cos(phase).astype(np.float32)) * system.domain
+        left = reconciled(system, wave)[middle]
+        ratio = float((left * wave[middle]).sum() / (wave[middle] ** 2).sum())
+        assert ratio == pytest.approx(float(share[turns]), abs=0.12), turns
+
+
+def test_density_counts_acquired_voxels() -> None:
+    _, system = made((24, 24, 24), 2.0, 8.0)
+    # three stacks of voxels of 2 x 2 x 8 mm for a volume of 2 mm
+    assert density(system) == pytest.approx([c / 4 for c in system.confidence])
+    halved = dataclasses.replace(system, slice_weights=[w / 2 for w in system.slice_weights])
+    assert sum(density(halved)) == pytest.approx(sum(density(system)) / 2)
+
+
+def test_gaps_between_thin_slices_are_filled() -> None:
+    """Every fourth plane, as point samples: what lies between them is part of the image."""
+    volume, grid = head((40, 44, 36), 2.0)
+    protocol = Protocol(thickness=8.0, profile="decimate", margin=0.0)
+    options = SETTINGS.updated({"acquisition": {"profile": "none"}})
+    prepared = prepare([s.stack for s in simulate(volume, grid, protocol)], options)
+    target = output_grid(prepared, options.output)
+    job = Job(prepared, target, options, "cpu", None, None)
+    system = build_system(job, target, State.registered(prepared))
+    assert all(model.gap > 0 for model in system.models)
+    image = fit("srr", prepared, target, options).image()
+    centre = np.rint(target.to_index(grid.centre)).astype(int)
+    block = tuple(slice(c - 6, c + 6) for c in centre)
+    assert (system.domain[block] > 0).all()
+    assert (image[block] > 0).all()
+
+
+def test_slices_that_meet_leave_no_gap() -> None:
+    _, system = made((24, 24, 24), 2.0, 8.0)
+    assert max(model.gap for model in system.models) == 0
+    assert isinstance(system.grid, Grid)
