@@ -164,21 +164,37 @@ class _Linearised:
         if self.path is not None:
             self.path.choose(self.blocks, asked[: 6 * self.model.slices])
         theta = np.asarray(self.inverse @ (asked - self.pull))
-        if self.path is None:
-            return theta
-        prior, rows = self.path.precision(), np.diff(self.model.starts)
-        distrusted = self.trust < DISTRUSTED
-        for k in np.flatnonzero(distrusted | (rows < LITTLE * rows.max())):
-            at = slice(6 * k, 6 * k + 6)
-            if distrusted[k]:
-                theta[at] = self._alone(int(k), residual, prior[at, at])
-            # a bad image, or one with next to no head in it, fits where there is nothing to see
-            home = -np.linalg.solve(prior[at, at], self.pull[at])
-            away = theta[at] - home
-            unlikely = away @ prior[at, at] @ away > self.path.noise * MISFIT * BELIEVABLE**2
-            if unlikely if distrusted[k] else float(_sizes(away[None])[0]) > LARGEST:
-                theta[at] = home
+        if self.path is not None:
+            rows = np.diff(self.model.starts)
+            little = rows < LITTLE * rows.max()
+            self.held(theta, residual, np.flatnonzero(self.distrusted | little))
         return theta
+
+    @property
+    def distrusted(self) -> NDArray[np.bool_]:
+        """(K,) slices that have no say in where others were."""
+        return self.trust < DISTRUSTED
+
+    def held(self, theta: NDArray[np.float64], residual: Tensor, slices: NDArray[np.intp]) -> None:
+        """The steps of ``slices`` in ``theta``, of the distrusted their own, kept near the walk.
+
+        A bad image, or one with next to no head in it, fits best where there is nothing to see:
+        a distrusted slice goes no further than ``BELIEVABLE`` from the walk's mean between the
+        others, another no further than ``LARGEST``, or else to that mean.
+        """
+        if self.path is None:
+            return
+        prior = self.path.precision()
+        for k in slices:
+            at = slice(6 * int(k), 6 * int(k) + 6)
+            own = prior[at, at]
+            if self.distrusted[k]:
+                theta[at] = self._alone(int(k), residual, own)
+            home = -np.linalg.solve(own, self.pull[at])
+            away = theta[at] - home
+            unlikely = away @ own @ away > self.path.noise * MISFIT * BELIEVABLE**2
+            if unlikely if self.distrusted[k] else float(_sizes(away[None])[0]) > LARGEST:
+                theta[at] = home
 
     def _alone(self, k: int, residual: Tensor, prior: NDArray[np.float64]) -> NDArray[np.float64]:
         """(6,) step of a distrusted slice: as if it were sound, with the others where they are.
@@ -241,6 +257,20 @@ def refine(
         if progress:
             progress((turn + 1) / rounds)
     return volume, steps
+
+
+def seek(system: System, volume: Tensor, paths: Sequence[Path], rounds: int) -> None:
+    """Bring distrusted slices to the volume (X, Y, Z) as it is, in Gauss-Newton rounds of each
+    slice by itself; changes ``system`` in place, its weights excepted."""
+    free = Freedom(receiver=False, paths=paths)
+    for s, model in enumerate(system.models):
+        lost = np.flatnonzero(system.slice_weights[s] < DISTRUSTED)
+        for _ in range(rounds if len(lost) else 0):
+            part = _Linearised(system, s, volume, system.weights()[s], free)
+            theta = np.zeros(6 * model.slices)
+            factor = system.receivers[s].factors(model.voxels).to(model.device)
+            part.held(theta, model.values - factor * model.forward(volume), lost)
+            _take(system, s, part, theta)
 
 
 def _pinned(system: System, volume: Tensor, residual: Tensor, weight: Tensor) -> Tensor:

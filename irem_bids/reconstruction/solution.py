@@ -6,7 +6,7 @@ This is ``srr``, and what ``irem`` stands on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
 from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
-from .refine import Freedom, refine, share_shading
+from .refine import Freedom, refine, seek, share_shading
 from .robust import slice_weights
 from .stack import Stack
 
@@ -38,6 +38,7 @@ ROUND_ITERATIONS = 5  # conjugate gradients of a round
 TRIAL_ROUNDS = 2  # of those at the level where the motion is chosen, before it is
 FINE_ROUNDS = 3  # of stack poses on the result's grid
 WIDTH_ROUNDS = 3
+SEEK_ROUNDS = 5  # of the slices that do not fit, each by itself
 BAD = 0.5  # weight of a slice below which its pose is that between its neighbours in time
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
@@ -389,12 +390,18 @@ class _Solver:
             after=self._after(free),
         )
         self.info["pose_steps_mm"] += steps
-        for path, model, weights in zip(
-            free.paths or [], system.models, system.slice_weights, strict=free.paths is not None
-        ):
+        if free.paths:
+            self._bridge(system, free.paths)
+            seek(system, self._volume, free.paths, SEEK_ROUNDS)
+            self._after(free)(system, system.residuals(self._volume))
+            self._bridge(system, free.paths)
+
+    @staticmethod
+    def _bridge(system: System, paths: Sequence[trajectory.Path]) -> None:
+        """Slices that do not fit go where the walk is between their neighbours in time."""
+        for path, model, weights in zip(paths, system.models, system.slice_weights, strict=True):
             bad = weights < BAD
             if bad.any() and not bad.all():
-                # an image that fits nowhere tells nothing of where its slice was
                 poses = path.bridged(bad, model.pivot)
                 model.set_poses(np.where(bad[:, None, None], poses, model.poses))
 
