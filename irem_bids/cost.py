@@ -30,7 +30,7 @@ GPU_BASE_GB = 0.6  # a CUDA context and torch's libraries
 #: Seconds: once, and per million voxels of the result's box with three stacks.
 NORMALISE = (3.0, 2.5)
 REPORT = (15.0, 1.0)
-METHODS = {"irem": (45.0, 6.0), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
+METHODS = {"irem": (60.0, 6.0), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
 UNCERTAINTY = (4.0, 1.2)  # of irem and srr, each
 IREM2021_EPOCH = 600.0  # s per epoch and million acquired voxels
 N4 = 5.0  # s per million acquired voxels

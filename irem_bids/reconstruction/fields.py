@@ -195,8 +195,8 @@ class ResidualField(_Box):
         self.correction.zero_()
         said = self.corrected()
         if self.trained:
-            self.whole = reconcile(said)
-            self.correction.copy_(self.whole - said)
+            self.correction.copy_(reconcile(said) - said)
+            self.whole = said + self.correction  # to the bit what a saved field adds up to
         return self.corrected()
 
     def forward(self, points: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from .checkpoint import load_state, save_state
 from .consistency import reconciled
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
-from .linear import restored
+from .linear import System, restored
 from .metrics import MAD_TO_SIGMA
 from .prepare import Prepared, write_json
 from .registration import ncc
@@ -238,11 +238,11 @@ def _fit_irem(job: Job) -> Fit:
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
     field.base.volume.copy_(linear.volume)
-    noise = _noise(job, linear)
+    system = build_system(job, job.grid, linear.state)
+    noise = _noise(system, linear.volume)
     if not np.isfinite(noise).all():
         raise FloatingPointError("the stacks hold numbers that are not finite")
     example = rehearse(job, linear, noise) if options.steps else None
-    system = build_system(job, job.grid, linear.state)
     training = Training(
         field,
         example,
@@ -296,10 +296,11 @@ def _linear_or_saved(job: Job) -> Linear:
     return linear
 
 
-def _noise(job: Job, linear: Linear) -> list[float]:
-    """Per stack the standard deviation of the linear solution's residuals, outliers aside."""
-    residuals = Prediction(job, job.grid, linear.state, job.uses).residuals(linear.volume)
-    return [float(r.abs().median()) * MAD_TO_SIGMA if len(r) else 0.0 for r in residuals]
+def _noise(system: System, volume: Tensor) -> list[float]:
+    """Per stack the standard deviation of an acquired voxel's residual, outliers aside."""
+    rows = zip(system.models, system.residuals(volume), strict=True)
+    each = [(model.counts.sqrt() * r).abs() for model, r in rows]
+    return [float(r.median()) * MAD_TO_SIGMA if len(r) else 0.0 for r in each]
 
 
 def _held_out(job: Job, linear: Linear) -> Callable[[Tensor], float] | None:
