@@ -185,16 +185,17 @@ class ResidualField(_Box):
         return self.whole
 
     @torch.no_grad()
-    def settle(self, reconcile: Callable[[Tensor], Tensor]) -> Tensor:
+    def settle(self, reconcile: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Let ``reconcile`` correct what the network says; returns :meth:`corrected`.
 
-        It takes a volume (X, Y, Z) to one that agrees with the stacks (:mod:`.consistency`);
-        an untrained network says nothing, and nothing is corrected.
+        It takes a volume (X, Y, Z) to one that agrees with the stacks (:mod:`.consistency`); with
+        None, what the network says stands.  An untrained one says nothing, and nothing is
+        corrected.
         """
         self.forget()
         self.correction.zero_()
         said = self.corrected()
-        if self.trained:
+        if self.trained and reconcile:
             self.correction.copy_(reconcile(said) - said)
             self.whole = said + self.correction  # to the bit what a saved field adds up to
         return self.corrected()

@@ -255,6 +255,7 @@ def _fit_irem(job: Job) -> Fit:
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
     info["network_used"] = field.trained
+    info["reconciled"] = field.trained and training.best_reconciled
     info["doubts"] = training.doubts
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
     found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}

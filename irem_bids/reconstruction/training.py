@@ -4,8 +4,9 @@
 The loss of a batch of blocks of the example is the mean of (P (R - m))^2 over its mask, with m
 what the solver missed of the simulated scan's known image, R what the network adds and P the
 share of an error that the stacks leave (:mod:`.consistency`); blocks are mirrored at random.
-The network is used if with it, and reconciled with the stacks, the held-out voxels of the real
-scan are predicted better than without.
+What the network adds is used, reconciled with the stacks, if with it the held-out voxels of the
+real scan are predicted better than without; if not, as it stands if that predicts them better:
+on a head with less detail than the stacks have noise, their word brings the noise back.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Training:
         }
         self.best = float("inf")
         self.best_state: dict[str, Tensor] = {}
-        self.best_image: Tensor | None = None  # of this run; what was resumed has none yet
-        self.best_correction = torch.zeros_like(self.field.correction)
+        self.best_reconciled = True
+        self.best_volumes: dict[str, Tensor] = {}  # of this run; what was resumed has none yet
         self.pieces, self.retreat = Pieces("training"), Retreat()
         self.good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
@@ -120,11 +121,11 @@ class Training:
         if self.history["held_out_step"][-1] != self.step:
             self.judge()
         self.field.load_state_dict(self.best_state | self._volumes)
-        if self.best_image is None:
-            self.field.settle(self.reconcile)
+        if self.best_volumes:
+            self.field.correction.copy_(self.best_volumes["correction"])
+            self.field.whole = self.best_volumes["whole"]
         else:
-            self.field.correction.copy_(self.best_correction)
-            self.field.whole = self.best_image
+            self.field.settle(self.reconcile if self.best_reconciled else None)
 
     def advance(self) -> None:
         """One step of Adam; the learning rate rises, then falls along a cosine."""
@@ -196,10 +197,9 @@ class Training:
     def judge(self) -> None:
         """Error of the held-out voxels; the state stays the best if it is the least so far.
 
-        Where no voxel is held out, the last state is the best.
+        Where no voxel is held out, the last state, reconciled, is the best.
         """
-        volume = self.field.settle(self.reconcile)
-        error = self.held_out(volume) if self.held_out else 0.0
+        error = self._judged(reconciled=True)
         if not np.isfinite(error):
             if not self.step:
                 raise FloatingPointError(
@@ -208,14 +208,22 @@ class Training:
                 )
             self.step_back(error)
             return
+        if error > self.best and self.field.trained:
+            error = min(error, self._judged(reconciled=False))
         self.history["held_out_step"].append(self.step)
         self.history["held_out"].append(error)
+
+    def _judged(self, *, reconciled: bool) -> float:
+        """Error of the present state, settled in one of two ways; it may become the best."""
+        volume = self.field.settle(self.reconcile if reconciled else None)
+        error = self.held_out(volume) if self.held_out else 0.0
         if error < self.best or not self.held_out:
-            self.best, self.best_image = error, volume
-            self.best_correction = self.field.correction.clone()
+            self.best, self.best_reconciled = error, reconciled
+            self.best_volumes = {"correction": self.field.correction.clone(), "whole": volume}
             self.best_state = {
                 k: v.clone() for k, v in self.field.state_dict().items() if k not in VOLUMES
             }
+        return error
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of all that changes: tensors, and what JSON can hold."""
@@ -227,6 +235,7 @@ class Training:
         record = {
             "step": self.step,
             "best": self.best,
+            "best_reconciled": self.best_reconciled,
             "history": {name: list(values) for name, values in self.history.items()},
             "pieces": self.pieces.count,
             "retreat": self.retreat.record(),
@@ -253,7 +262,7 @@ class Training:
         """Take up what :meth:`state` gave."""
         self.field.load_state_dict(_part(tensors, "field.") | self._volumes)
         self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()}
-        self.best_image = None
+        self.best_volumes = {}
         adam: dict[int, dict[str, Any]] = {}
         for name, value in _part(tensors, "adam.").items():
             index, key = name.split(".", 1)
@@ -262,6 +271,7 @@ class Training:
         self.optimiser.load_state_dict({**state, "state": adam})
         self.random.set_state(tensors["random"])
         self.step, self.best = record["step"], record["best"]
+        self.best_reconciled = record["best_reconciled"]
         self.history = {name: list(values) for name, values in record["history"].items()}
         self.pieces.count = max(self.pieces.count, record["pieces"])
         self.retreat = Retreat(*record["retreat"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 
 from irem_bids.reconstruction import consistency
 from irem_bids.reconstruction.consistency import GUESS, density, reconciled, unseen
+from irem_bids.reconstruction.fields import ResidualField
 from irem_bids.reconstruction.geometry import Grid
 from irem_bids.reconstruction.linear import System
 from irem_bids.reconstruction.optimise import fit
 from irem_bids.reconstruction.prepare import output_grid, prepare
 from irem_bids.reconstruction.simulate import Protocol, simulate
 from irem_bids.reconstruction.solution import Job, State, build_system
+from irem_bids.reconstruction.training import Training
 from irem_bids.settings import Settings
 from tests.phantom import head
 
@@ -103,3 +106,47 @@ def test_slices_that_meet_leave_no_gap() -> None:
     _, system = made((24, 24, 24), 2.0, 8.0)
     assert max(model.gap for model in system.models) == 0
     assert isinstance(system.grid, Grid)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reconciles"), [("base", None), ("said", False), ("reconciled", True)]
+)
+def test_held_out_voxels_choose_what_is_used(
+    wanted: str, reconciles: bool | None, tmp_path: Path
+) -> None:
+    """The image that the held-out voxels like best, the reconciled one first."""
+
+    def trained() -> ResidualField:
+        affine = np.eye(4).tolist()
+        field = ResidualField((6, 7, 8), affine, hidden=2, layers=2, scale=0.1)
+        field.base.volume += 1
+        return field
+
+    def reconcile(volume: torch.Tensor) -> torch.Tensor:
+        return volume - 0.25
+
+    images = {"base": torch.ones(6, 7, 8)}
+    field = trained()
+    torch.nn.init.ones_(field.network[-1].bias)
+    images["said"] = field.settle(None).clone()
+    images["reconciled"] = field.settle(reconcile).clone()
+    assert len({float(v.mean()) for v in images.values()}) == 3
+
+    def held_out(volume: torch.Tensor) -> float:
+        return float(((volume - images[wanted]) ** 2).mean())
+
+    training = Training(trained(), None, held_out, reconcile, SETTINGS, "cpu")
+    training.judge()
+    torch.nn.init.ones_(training.field.network[-1].bias)
+    training.judge()
+    assert training.history["held_out"][0] == held_out(images["base"])
+    path = tmp_path / "training.safetensors"
+    training.save(path)
+    training.run(None, 60, None)
+    assert torch.equal(training.field.corrected(), images[wanted])
+    assert training.field.trained == (wanted != "base")
+    if reconciles is not None:
+        assert training.best_reconciled == reconciles
+    resumed = Training(trained(), None, held_out, reconcile, SETTINGS, "cpu")
+    resumed.run(path, 60, None)
+    assert torch.equal(resumed.field.corrected(), images[wanted])
