@@ -184,23 +184,27 @@ class _Linearised:
         """
         if self.path is None:
             return
-        prior = self.path.precision()
+        prior = self.path.precision(gauge=False)
+        pull = prior @ self.path.motion.ravel()
         for k in slices:
             at = slice(6 * int(k), 6 * int(k) + 6)
             own = prior[at, at]
             if self.distrusted[k]:
-                theta[at] = self._alone(int(k), residual, own)
-            home = -np.linalg.solve(own, self.pull[at])
+                theta[at] = self._alone(int(k), residual, own, pull[at])
+            home = -np.linalg.solve(own, pull[at])
             away = theta[at] - home
             unlikely = away @ own @ away > self.path.noise * MISFIT * BELIEVABLE**2
             if unlikely if self.distrusted[k] else float(_sizes(away[None])[0]) > LARGEST:
                 theta[at] = home
 
-    def _alone(self, k: int, residual: Tensor, prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _alone(
+        self, k: int, residual: Tensor, prior: NDArray[np.float64], pull: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """(6,) step of a distrusted slice: as if it were sound, with the others where they are.
 
         It may only lie wrong; where that is so it comes to fit, and counts again.  ``prior``
-        (6, 6) is the slice's own block of the walk's precision.
+        (6, 6) is the slice's own block of the walk's precision L, ``pull`` (6,) its part of
+        L theta_0.
         """
         if self.local is None:
             return np.zeros(6)
@@ -208,7 +212,7 @@ class _Linearised:
         columns, whole = self.local[part], self.whole[part]
         own = (columns.T @ (whole[:, None] * columns)).double().cpu().numpy()
         asked = (columns.T @ (whole * residual[part])).double().cpu().numpy()
-        step = np.linalg.solve(own + prior, asked - self.pull[6 * k : 6 * k + 6])
+        step = np.linalg.solve(own + prior, asked - pull)
         return np.asarray(step)
 
 

@@ -80,17 +80,22 @@ class Path:
         return walk
 
     def precision(
-        self, order: str | None = None, step: tuple[float, float] | None = None
+        self,
+        order: str | None = None,
+        step: tuple[float, float] | None = None,
+        *,
+        gauge: bool = True,
     ) -> NDArray[np.float64]:
         """(6K, 6K) L: of the walk's steps, the anchor and, of the reference, the gauge.
 
-        At another order of acquisition or another size of its steps, where given.
+        At another order of acquisition or another size of its steps, where given.  Without the
+        ``gauge``, L also says where one slice is with the others where they are.
         """
         slices, walk = len(self.motion), self._walk(order)
         per_step = 1 / (np.repeat(step or self.step, 3) * self._scale) ** 2
         per_slice = 1 / (ANCHOR * self._scale) ** 2
         total = np.kron(walk, np.diag(per_step)) + np.kron(np.eye(slices), np.diag(per_slice))
-        if self.shares is not None:
+        if gauge and self.shares is not None:
             mean = slices * np.outer(self.shares, self.shares)
             total += GAUGE * np.kron(mean, np.diag(per_slice))
         return np.asarray(total * self.noise * MISFIT)

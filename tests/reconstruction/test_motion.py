@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,10 @@ from irem_bids.reconstruction.geometry import Grid, RigidTransform, mean_pose
 from irem_bids.reconstruction.linear import Metric
 from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
+from irem_bids.reconstruction.refine import seek
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, simulate
-from irem_bids.reconstruction.trajectory import MISFIT, Path, orders
+from irem_bids.reconstruction.solution import Job, State, build_system
+from irem_bids.reconstruction.trajectory import GAUGE, MISFIT, Path, orders
 from irem_bids.settings import Settings
 from tests.phantom import head
 
@@ -85,6 +89,45 @@ def test_damaged_slices_count_little_and_no_other_is_lost(
     assert min(sound) > 0.8
 
 
+def test_a_lost_slice_of_the_reference_is_sought(prepared: Prepared, moving: Fit) -> None:
+    """From 1 degree and 1 mm away, while the mean motion of the reference is not 0."""
+    labels = [stack.label for stack in prepared.stacks]
+    state = State(
+        [moving.slice_poses[label].copy() for label in labels],
+        [moving.receivers[label] for label in labels],
+        [moving.slice_weights[label].copy() for label in labels],
+        [moving.widths[label] for label in labels],
+    )
+    job = Job(prepared, moving.grid, SETTINGS, "cpu", None, None)
+    r = prepared.reference
+    lost = int(np.argmax(prepared.stacks[r].mask.sum(axis=(0, 1))))
+    assert prepared.stacks[r].slice_axis == 2
+    system = build_system(job, moving.grid, state)
+    model = system.models[r]
+    right = model.poses[lost].copy()
+    away = RigidTransform.from_vector(np.array([0.017, 0, 0, 0, 0, 1.0]), model.pivot)
+    poses = model.poses.copy()
+    poses[lost] = away.matrix @ right
+    model.set_poses(poses)
+    system.slice_weights[r][lost] = 0.0
+    paths = []
+    for each in system.models:
+        rest = np.zeros((each.slices, 6))
+        # noise: variance of a residual, about that of the stacks' SNR
+        order = orders(each.slices)["interleaved"]
+        path = Path(rest, {"interleaved": order}, noise=1e-4)
+        path.follow(each.poses, each.pivot)
+        paths.append(path)
+    paths[r].shares = np.full(model.slices, 1 / model.slices)
+    assert np.abs(paths[r].motion.mean(axis=0)[3:]).max() > 0.01
+    seek(system, torch.from_numpy(moving.image()), paths, 5)
+    off = (RigidTransform(model.poses[lost]) @ RigidTransform(right).inverse()).to_vector(
+        model.pivot
+    )
+    assert np.rad2deg(np.linalg.norm(off[:3])) < 0.3
+    assert np.linalg.norm(off[3:]) < 0.3
+
+
 def test_the_reference_holds_the_common_motion(prepared: Prepared, moving: Fit) -> None:
     vector = moving.poses[prepared.stacks[prepared.reference].label].to_vector(moving.grid.centre)
     assert np.rad2deg(np.linalg.norm(vector[:3])) < 0.3
@@ -130,6 +173,11 @@ def test_precision_is_the_walks_inverse_covariance() -> None:
     anchor = motion / scale / 5.0
     cost = 0.1 * MISFIT * ((steps**2).sum() + (anchor**2).sum())
     assert motion.ravel() @ found @ motion.ravel() == pytest.approx(cost)
+    reference = replace(path, shares=np.full(5, 0.2))
+    assert np.allclose(reference.precision(gauge=False), found)
+    held = motion.ravel() @ reference.precision() @ motion.ravel()
+    mean = motion.mean(axis=0) / scale / 5.0
+    assert held == pytest.approx(cost + 0.1 * MISFIT * GAUGE * 5 * (mean**2).sum())
 
 
 def walked(order: np.ndarray, size: float, seed: int = 3) -> np.ndarray:
