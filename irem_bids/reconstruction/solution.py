@@ -32,13 +32,13 @@ STRENGTH = 0.08  # weight of total variation over the noise, both in scaled inte
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
-BETTER = 0.95  # slices move if that brings the held-out error below this share
+BETTER = 0.85  # slices move if that brings the held-out error below this share
 SLICE_ROUNDS = {4.0: 5, 2.0: 8, 1.0: 2}
 ROUND_ITERATIONS = 5  # conjugate gradients of a round
 TRIAL_ROUNDS = 2  # of those at the level where the motion is chosen, before it is
 FINE_ROUNDS = 3  # of stack poses on the result's grid
 WIDTH_ROUNDS = 3
-SEEK_ROUNDS = 5  # of the slices that do not fit, each by itself
+SEEK_ROUNDS = 8  # of the slices that do not fit, each by itself
 BAD = 0.5  # weight of a slice below which its pose is that between its neighbours in time
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
@@ -336,6 +336,8 @@ class _Solver:
         coarsest grid, where the image is smooth.
         """
         free = Freedom(paths=self.state.paths)
+        if level < DECIDE:
+            self._widths(system, prior)
         if self.motion == "slice" and self.state.paths:
             self._rounds(system, prior, free, SLICE_ROUNDS[level])
         else:
@@ -343,11 +345,20 @@ class _Solver:
             self._rounds(system, prior, free, rounds)
         if self.motion != "stack" and level >= DECIDE:
             system = self._slices(system, prior, level)
-        if self.job.settings.acquisition.learn_width and level <= DECIDE:
-            # a strong penalty blurs the image, which then asks for too narrow a profile
+        if level == DECIDE:
+            self._widths(system, prior)
+        return system
+
+    def _widths(self, system: System, prior: Prior) -> None:
+        """Rounds in which the width of the profile is free, too, where it is to be learned.
+
+        A strong penalty blurs the image, which then asks for too narrow a profile.  But by the
+        residuals of a light one, which fits its own slices closely, a slice that was left out
+        seems bad; so other rounds follow.
+        """
+        if self.job.settings.acquisition.learn_width:
             light = replace(prior, weight=WIDTH_SHARE * prior.weight)
             self._rounds(system, light, Freedom(width=True, paths=self.state.paths), WIDTH_ROUNDS)
-        return system
 
     def _slices(self, system: System, prior: Prior, level: float) -> System:
         """Go on with slices that move one by one; at ``DECIDE``, see whether they do."""
@@ -380,20 +391,29 @@ class _Solver:
         return build_system(self.job, self.grid, resting) if moving is system else system
 
     def _rounds(self, system: System, prior: Prior, free: Freedom, rounds: int) -> None:
-        self.volume, steps = refine(
-            system,
-            self._volume,
-            prior,
-            free,
-            rounds=rounds,
-            iterations=ROUND_ITERATIONS,
-            after=self._after(free),
-        )
-        self.info["pose_steps_mm"] += steps
+        after = self._after(free)
+
+        def go(rounds: int) -> None:
+            self.volume, steps = refine(
+                system,
+                self._volume,
+                prior,
+                free,
+                rounds=rounds,
+                iterations=ROUND_ITERATIONS,
+                after=after,
+            )
+            self.info["pose_steps_mm"] += steps
+
+        go(rounds)
         if free.paths:
             self._bridge(system, free.paths)
+            lost = [weights < BAD for weights in system.slice_weights]
             seek(system, self._volume, free.paths, SEEK_ROUNDS)
-            self._after(free)(system, system.residuals(self._volume))
+            after(system, system.residuals(self._volume))
+            pairs = zip(lost, system.slice_weights, strict=True)
+            if any(bool((was & (weights >= BAD)).any()) for was, weights in pairs):
+                go(1)  # an image of which they are part
             self._bridge(system, free.paths)
 
     @staticmethod
