@@ -102,7 +102,8 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
 
     ``SliceWeights`` are null for slices without foreground; ``SliceMotion`` holds rotation
     vectors (rad, RAS+ axes) about ``SliceMotionPivot``, then translations (mm), beyond the
-    stack's pose; ``EstimatedSliceThickness`` is the width of the profile, mm.
+    stack's pose; ``EstimatedSliceThickness`` is the width of the profile, mm; ``Network`` says
+    how the held-out voxels judged it.
     """
     fit = _read_json(result.methods[method] / "fit.json")
     places = _read_json(result.prepared / "step.json").get("slices", {})
@@ -116,6 +117,8 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if fit.get("gains") and method != "bspline":
         found["Gains"] = fit["gains"]
+    if network := fit.get("info", {}).get("network"):
+        found["Network"] = network
     if fit.get("slice_weights"):
         found["SliceWeights"] = {k: whole(k, v) for k, v in fit["slice_weights"].items()}
     if fit.get("slice_motion"):

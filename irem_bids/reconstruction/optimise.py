@@ -254,14 +254,19 @@ def _fit_irem(job: Job) -> Fit:
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
-    info["network_used"] = field.trained
-    info["reconciled"] = field.trained and training.best_reconciled
+    info["network"] = _use_of(training)
     info["doubts"] = training.doubts
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
     found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}
     if linear.info.get("motion") == "slice":
         found["slice_poses"] = linear.state.poses
     return _result(job, "irem", field, poses=_stack_poses(job, linear.state), **found)
+
+
+def _use_of(training: Training) -> str:
+    if not training.field.trained:
+        return "not used"
+    return "reconciled" if training.best_reconciled else "as it stands"
 
 
 def _stack_poses(job: Job, state: State) -> list[RigidTransform]:

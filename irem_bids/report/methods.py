@@ -189,7 +189,8 @@ def _network(settings: Settings) -> str:
         "subject's own stacks only: the solution of a block of the head was turned, the scan was "
         "simulated from it and solved again, and the network learned the difference. What it said "
         "was reconciled with the stacks [@schwab2019deep], so that it adds only detail that they "
-        "cannot see; it is used where it lowers the error of held-out voxels."
+        "cannot see. That is used where it lowers the error of held-out voxels, else what it said "
+        "as it stands, where that does, else nothing of it."
     )
 
 

@@ -44,6 +44,7 @@ def result(tmp_path: Path) -> Result:
     fit = json.loads((inp.methods["irem"] / "fit.json").read_text())
     moved = RigidTransform.from_vector([0, 0, 0, 0.5, 0, 0])
     fit["poses"]["coronal1"] = (moved @ RigidTransform(fit["poses"]["coronal1"])).matrix.tolist()
+    fit["info"]["network"] = "reconciled"
     write_json(inp.methods["irem"] / "fit.json", fit)
     return Result(
         inp.group,
@@ -155,6 +156,7 @@ def test_sidecar_says_what_was_used(result: Result, tmp_path: Path) -> None:
     assert sidecar["Seconds"] == {"normalise": 1.5, "optimise": 10.0, "reconstruct": 2.5}
     assert sidecar["Metrics"]["held_out_psnr"] == 30.0
     assert sidecar["RandomSeed"] == 2021
+    assert sidecar["Network"] == "reconciled"
     assert sidecar["Versions"] == {"irem-bids": "0.1.0"}
     assert sidecar["IremBids"]["Settings"]["irem"]["steps"] == Settings().irem.steps
     assert "device" not in json.dumps(sidecar["IremBids"]["Settings"])

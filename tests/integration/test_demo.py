@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -56,3 +57,9 @@ def test_the_demo_ends_well_and_shows_its_table(run):
     assert results["irem"][0].psnr > results["bspline"][0].psnr + 3
     assert results["irem"][1] < 1.0
     assert (folder / "derivatives" / "sub-01.html").stat().st_size > 10_000
+
+
+def test_the_sidecar_says_what_became_of_the_network(run):
+    folder, _ = run
+    sidecar = folder / "derivatives/sub-01/anat/sub-01_desc-irem_T1w.json"
+    assert json.loads(sidecar.read_text())["Network"] in {"reconciled", "as it stands", "not used"}
