@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .acquisition import Receiver
+from .acquisition import Receiver, StackModel
 from .geometry import RigidTransform
 from .linear import Metric, Prior, System, solve
 from .trajectory import MISFIT, Path
@@ -165,9 +165,8 @@ class _Linearised:
             self.path.choose(self.blocks, asked[: 6 * self.model.slices])
         theta = np.asarray(self.inverse @ (asked - self.pull))
         if self.path is not None:
-            rows = np.diff(self.model.starts)
-            little = rows < LITTLE * rows.max()
-            self.held(theta, residual, np.flatnonzero(self.distrusted | little))
+            stray = self.distrusted | shows_little(self.model)
+            self.held(theta, residual, np.flatnonzero(stray))
         return theta
 
     @property
@@ -214,6 +213,12 @@ class _Linearised:
         asked = (columns.T @ (whole * residual[part])).double().cpu().numpy()
         step = np.linalg.solve(own + prior, asked - pull)
         return np.asarray(step)
+
+
+def shows_little(model: StackModel) -> NDArray[np.bool_]:
+    """(K,) slices with so few voxels that their poses mean little."""
+    rows = np.diff(model.starts)
+    return np.asarray(rows < LITTLE * rows.max())
 
 
 def refine(

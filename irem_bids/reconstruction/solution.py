@@ -23,7 +23,7 @@ from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
 from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
-from .refine import Freedom, refine, seek, share_shading
+from .refine import Freedom, refine, seek, share_shading, shows_little
 from .robust import slice_weights
 from .stack import Stack
 
@@ -421,8 +421,8 @@ class _Solver:
         """Slices that do not fit go where the walk is between their neighbours in time."""
         for path, model, weights in zip(paths, system.models, system.slice_weights, strict=True):
             bad = weights < BAD
-            if bad.any() and not bad.all():
-                poses = path.bridged(bad, model.pivot)
+            if bad.any() and not (bad | shows_little(model)).all():
+                poses = path.bridged(bad, model.pivot, shows_little(model) & ~bad)
                 model.set_poses(np.where(bad[:, None, None], poses, model.poses))
 
     def _after(self, free: Freedom) -> Callable[[System, list[Tensor]], None]:

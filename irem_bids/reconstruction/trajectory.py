@@ -106,18 +106,23 @@ class Path:
         self.motion = np.stack([(RigidTransform(p) @ back).to_vector(pivot) for p in poses])
 
     def bridged(
-        self, distrusted: NDArray[np.bool_], pivot: NDArray[np.float64]
+        self,
+        distrusted: NDArray[np.bool_],
+        pivot: NDArray[np.float64],
+        ignored: NDArray[np.bool_] | bool = False,
     ) -> NDArray[np.float64]:
         """(K, 4, 4) poses of the slices, with those of the ``distrusted`` (K,) taken from the
         others: the mean of the walk between their neighbours in time (the prior's conditional
-        mean).  The motion follows; it is about ``pivot``.
+        mean).  The ``ignored`` (K,) keep theirs without being asked.  The motion follows; it is
+        about ``pivot``.
         """
-        walk = self._walk()
+        walk, unknown = self._walk(), distrusted | ignored
         for number, size in enumerate(np.repeat(self.step, 3)):
             precision = walk / size**2 + np.eye(len(walk)) / ANCHOR**2
-            known = precision[np.ix_(distrusted, ~distrusted)] @ self.motion[~distrusted, number]
-            own = precision[np.ix_(distrusted, distrusted)]
-            self.motion[distrusted, number] = -np.linalg.solve(own, known)
+            known = precision[np.ix_(unknown, ~unknown)] @ self.motion[~unknown, number]
+            own = precision[np.ix_(unknown, unknown)]
+            mean = -np.linalg.solve(own, known)
+            self.motion[distrusted, number] = mean[distrusted[unknown]]
         moves = [RigidTransform.from_vector(v, pivot) @ self.base for v in self.motion]
         return np.stack([move.matrix for move in moves])
 

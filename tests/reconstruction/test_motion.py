@@ -247,6 +247,16 @@ def test_a_distrusted_slice_lies_between_its_neighbours_in_time() -> None:
         others[2] = 0
         assert path.motion[2, c] == pytest.approx(-others @ motion[:, c] / own)
     assert np.allclose(path.motion[~distrusted], motion[~distrusted])
+    # one whose neighbour in time is ignored lies where the walk is without that one's say
+    ignored = np.array([False, False, False, False, True, False])
+    poses = path.bridged(distrusted, np.zeros(3), ignored)
+    for c in range(6):
+        missing = [2, 4]
+        own = prior[np.ix_(missing, [c], missing, [c])][:, 0, :, 0]
+        known = sum(prior[np.ix_(missing, [c], [k], [c])][:, 0, 0, 0] * motion[k, c]
+                    for k in range(6) if k not in missing)  # fmt: skip
+        assert path.motion[2, c] == pytest.approx(-np.linalg.solve(own, known)[0])
+    assert np.allclose(path.motion[~distrusted], motion[~distrusted])
     assert np.allclose(poses[2], RigidTransform.from_vector(path.motion[2], np.zeros(3)).matrix)
 
 
