@@ -421,8 +421,9 @@ class _Solver:
         """Slices that do not fit go where the walk is between their neighbours in time."""
         for path, model, weights in zip(paths, system.models, system.slice_weights, strict=True):
             bad = weights < BAD
-            if bad.any() and not (bad | shows_little(model)).all():
-                poses = path.bridged(bad, model.pivot, shows_little(model) & ~bad)
+            little = shows_little(model)
+            if bad.any() and not (bad | little).all():
+                poses = path.bridged(bad, model.pivot, little)
                 model.set_poses(np.where(bad[:, None, None], poses, model.poses))
 
     def _after(self, free: Freedom) -> Callable[[System, list[Tensor]], None]:
