@@ -196,7 +196,7 @@ class Irem:
     hidden: int = option(16, "channels of the network", low=4, high=256)
     layers: int = option(4, "convolutions of the network", low=2, high=16)
     steps: int = option(
-        400, "training steps on a simulated repeat of the scan; 0: no network", low=0, high=10**6
+        300, "training steps on a simulated repeat of the scan; 0: no network", low=0, high=10**6
     )
     batch_size: int = option(2, "blocks of 24 x 24 x 24 voxels per step", low=1, high=1024)
     learning_rate: float = option(6e-3, "learning rate of the network", low=0.0)

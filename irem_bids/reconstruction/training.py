@@ -23,6 +23,7 @@ from torch import Tensor
 from ..settings import Settings
 from .checkpoint import load_state, save_state
 from .fields import ResidualField
+from .orthogonal import Orthogonal
 from .recovery import Pieces, Retreat, finite
 from .rehearsal import Example
 from .solution import Progress
@@ -31,12 +32,16 @@ LOG_EVERY = 20  # steps
 CHECKS = 8  # states to step back to
 BLOCK = 24  # voxels of a block's edge
 WARM = 20  # steps in which the learning rate rises
+ORTHOGONAL_RATE = 8.3  # of the hidden layers' steps, over the learning rate
 LAST_RATE = 0.02  # of the learning rate, at the end
 VOLUMES = ("base.volume", "correction")  # of a field: not among what training changes
 
 
 class Training:
-    """Adam on blocks of the example; its whole state can be saved and taken up again.
+    """Steps on blocks of the example; its whole state can be saved and taken up again.
+
+    The hidden layers take semi-orthogonal steps (:mod:`.orthogonal`), the last one and the
+    biases Adam's.
 
     Where memory ends, a batch is computed in pieces, whose gradients sum to the same.  Where
     the loss is not finite, it steps back to the last state that was checked, at a lower rate.
@@ -57,9 +62,13 @@ class Training:
     ) -> None:
         self.field, self.reconcile = field.to(device), reconcile
         self.held_out, self.device, self.options = held_out, device, settings.irem
-        self.optimiser = torch.optim.Adam(
-            field.parameters(), lr=self.options.learning_rate, betas=(0.9, 0.99)
-        )
+        hidden = [w for w in field.network.parameters() if w.dim() > 1][:-1]
+        rest = [w for w in field.network.parameters() if not any(w is other for other in hidden)]
+        rate = self.options.learning_rate
+        self.optimisers: dict[str, torch.optim.Optimizer] = {
+            "orthogonal": Orthogonal(hidden, lr=ORTHOGONAL_RATE * rate),
+            "adam": torch.optim.Adam(rest, lr=rate, betas=(0.9, 0.99)),
+        }
         self.random = torch.Generator().manual_seed(settings.run.random_seed)
         self.steps = self.options.steps
         if example is not None:
@@ -128,7 +137,7 @@ class Training:
             self.field.settle(self.reconcile if self.best_reconciled else None)
 
     def advance(self) -> None:
-        """One step of Adam; the learning rate rises, then falls along a cosine."""
+        """One step; the learning rates rise, then fall along a cosine."""
         count = self.options.batch_size
         picked = torch.randint(len(self.corners), (count,), generator=self.random)
         mirrored = torch.randint(2, (count, 3), generator=self.random).bool().tolist()
@@ -136,10 +145,12 @@ class Training:
         half = 0.5 * (1 + np.cos(np.pi * self.step / self.steps))
         share = (LAST_RATE + (1 - LAST_RATE) * float(half)) * min(1.0, (self.step + 1) / WARM)
         rate = self.options.learning_rate * self.retreat.rate * share
-        self.optimiser.param_groups[0]["lr"] = rate
+        self.optimisers["orthogonal"].param_groups[0]["lr"] = ORTHOGONAL_RATE * rate
+        self.optimisers["adam"].param_groups[0]["lr"] = rate
         voxels = int(np.prod(self.size))
         loss = self.pieces.run(count * voxels, lambda most: self.gradient(place, most // voxels))
-        self.optimiser.step()
+        for optimiser in self.optimisers.values():
+            optimiser.step()
         self.step += 1
         if self.step % LOG_EVERY == 0 or self.step == self.steps:
             value = float(loss)
@@ -151,7 +162,7 @@ class Training:
 
     def gradient(self, place: list[tuple[list[int], list[bool]]], most: int) -> Tensor:
         """The gradient of a batch's loss, ``most`` blocks at a time, and the loss."""
-        self.optimiser.zero_grad(set_to_none=True)
+        self.field.zero_grad(set_to_none=True)
         total, most = torch.zeros((), device=self.device), max(1, most)
         solutions, missing, masks = self.batch(place)
         counted = masks.sum().clamp_min(1.0)
@@ -229,8 +240,9 @@ class Training:
         """Copies of all that changes: tensors, and what JSON can hold."""
         tensors = {f"field.{k}": v for k, v in self.field.state_dict().items() if k not in VOLUMES}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        for name, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         tensors |= {"random": self.random.get_state()}
         record = {
             "step": self.step,
@@ -263,12 +275,12 @@ class Training:
         self.field.load_state_dict(_part(tensors, "field.") | self._volumes)
         self.best_state = {k: v.to(self.device) for k, v in _part(tensors, "best.").items()}
         self.best_volumes = {}
-        adam: dict[int, dict[str, Any]] = {}
-        for name, value in _part(tensors, "adam.").items():
-            index, key = name.split(".", 1)
-            adam.setdefault(int(index), {})[key] = value.clone()
-        state = self.optimiser.state_dict()
-        self.optimiser.load_state_dict({**state, "state": adam})
+        for name, optimiser in self.optimisers.items():
+            found: dict[int, dict[str, Any]] = {}
+            for entry, value in _part(tensors, f"{name}.").items():
+                index, key = entry.split(".", 1)
+                found.setdefault(int(index), {})[key] = value.clone()
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": found})
         self.random.set_state(tensors["random"])
         self.step, self.best = record["step"], record["best"]
         self.best_reconciled = record["best_reconciled"]
