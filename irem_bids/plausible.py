@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import correlate1d, map_coordinates, spline_filter
+from scipy.ndimage import map_coordinates, spline_filter
 
 from .exitcodes import ExitCode, UserError
+from .reconstruction.baselines import without
 from .reconstruction.geometry import Grid, RigidTransform
 from .reconstruction.stack import Stack
 
@@ -144,7 +145,7 @@ def interpolated_psnr(
 ) -> float | None:
     """Held-out voxels predicted by the mean of the stacks' cubic B-splines, dB, peak 1."""
     splines = [
-        spline_filter(_without(stack, held), order=3, output=np.float32, mode="mirror")
+        spline_filter(without(stack, held).data, order=3, output=np.float32, mode="mirror")
         for stack, held in zip(stacks, held_out, strict=True)
     ]
     error, count = 0.0, 0
@@ -161,16 +162,6 @@ def interpolated_psnr(
         error += float(np.sum((stack.data[held][seen] - total[seen] / weight[seen]) ** 2))
         count += int(seen.sum())
     return -10 * float(np.log10(error / count)) if count and error > 0 else None
-
-
-def _without(stack: Stack, held: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Held-out voxels replaced by the mean of their neighbours within the slice."""
-    weight = (~held).astype(np.float32)
-    total = stack.data * weight
-    for axis in (a for a in range(3) if a != stack.slice_axis):
-        weight = correlate1d(weight, np.ones(3), axis=axis, mode="constant")
-        total = correlate1d(total, np.ones(3), axis=axis, mode="constant")
-    return np.where(held, total / np.maximum(weight, 1), stack.data).astype(np.float32)
 
 
 def centre_of(stack: Stack) -> NDArray[np.float64]:

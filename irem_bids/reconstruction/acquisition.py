@@ -147,6 +147,13 @@ def quadrature(acquisition: Acquisition, thickness: float, step: float) -> Quadr
     return profile_quadrature(acquisition.profile, thickness, step)
 
 
+def between_slices(stack: Stack, acquisition: Acquisition) -> float:
+    """mm between two neighbouring slices that neither sees; 0 where they meet."""
+    spacing = float(stack.grid.voxel_size[stack.slice_axis])
+    nodes, _ = _shared_nodes(acquisition, stack.slice_thickness, spacing, min(stack.in_plane))
+    return max(0.0, spacing - float(np.ptp(nodes.offsets)))
+
+
 def _shared_nodes(
     acquisition: Acquisition, thickness: float, spacing: float, limit: float
 ) -> tuple[Quadrature, int]:
@@ -360,7 +367,8 @@ class StackModel:
             through.astype(np.float32),
             self._weights,
         )
-        self.sharpness = amounts(self.rows)
+        # between gaps it would ask for voxels that no slice sees, which would ring
+        self.sharpness = amounts(self.rows) if self.gap == 0 else np.zeros(3, np.float32)
         self._whole = bool((self.poses == self.poses[:1]).all()) and self.width == 1.0
         self._whole &= self._lattice_taps.worth_it(len(self.index), self._shape, self._axis)
         if self._lattice is not None:

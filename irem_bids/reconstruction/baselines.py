@@ -46,16 +46,23 @@ def resample_stack(
 
 
 def without(stack: Stack, held_out: NDArray[np.bool_]) -> Stack:
-    """The stack with held-out voxels (I, J, K) replaced by their neighbours within the slice.
+    """The stack with held-out voxels (I, J, K) replaced from around them within the slice.
 
-    The mean of the 3 x 3 neighbours that are not held out; where all are, 0.
+    Each becomes the mean of its 3 x 3 neighbours that are known, from the rim of a hole inwards;
+    0 where a whole slice is held out.
     """
-    weight = (~held_out).astype(np.float32)
-    total = stack.data * weight
-    for axis in (a for a in range(3) if a != stack.slice_axis):
-        weight = correlate1d(weight, np.ones(3), axis=axis, mode="constant")
-        total = correlate1d(total, np.ones(3), axis=axis, mode="constant")
-    return stack.with_data(np.where(held_out, total / np.maximum(weight, 1), stack.data))
+    axes = [a for a in range(3) if a != stack.slice_axis]
+    known, data = ~held_out, np.where(held_out, 0, stack.data)
+    while True:
+        weight, total = known.astype(np.float32), data
+        for axis in axes:
+            weight = correlate1d(weight, np.ones(3), axis=axis, mode="constant")
+            total = correlate1d(total, np.ones(3), axis=axis, mode="constant")
+        rim = ~known & (weight > 0)
+        if not rim.any():
+            return stack.with_data(data)
+        data = np.where(rim, total / np.maximum(weight, 1), data)
+        known |= rim
 
 
 def bspline(

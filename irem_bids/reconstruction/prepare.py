@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..settings import Normalise, Output, Settings
+from .acquisition import between_slices
 from .geometry import Grid, RigidTransform
 from .metrics import noise_sigma
 from .registration import Isotropic, agreement, isotropic, register
@@ -277,8 +278,23 @@ def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) ->
             for index, image in enumerate(images)
         ]
     metrics = {**_pairs(ready, images, poses), "snr": snr, "noise": noise, "masked": masked}
-    held_out = tuple((random.random(s.grid.shape) < options.held_out) & s.mask for s in ready)
+    held_out = tuple(
+        _held_out(s, options.held_out, between_slices(s, settings.acquisition), random)
+        for s in ready
+    )
     return Prepared(tuple(ready), tuple(poses), reference, scales[reference], held_out, metrics)
+
+
+def _held_out(stack: Stack, share: float, hole: float, random: np.random.Generator) -> Mask:
+    """(I, J, K) a ``share`` of the foreground, drawn by chance: single voxels; where slices leave
+    gaps, squares within slices as wide as the ``hole`` (mm) between them, since a voxel among its
+    neighbours says nothing of what lies far from any.
+    """
+    sides = [1, 1, 1]
+    for axis in (a for a in range(3) if a != stack.slice_axis):
+        sides[axis] = 2 * int(max(hole / float(stack.grid.voxel_size[axis]) - 1, 0) / 2) + 1
+    middles = random.random(stack.grid.shape) < share / np.prod(sides)
+    return np.asarray(ndimage.maximum_filter(middles, size=sides) & stack.mask)
 
 
 def _condition(stack: Stack, given: bool, options: Normalise, threads: int) -> tuple[Stack, float]:

@@ -65,7 +65,9 @@ def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None
     prepared = replace(
         job.prepared,
         stacks=tuple(stacks),
-        held_out=tuple(np.zeros_like(s.mask) for s in stacks),
+        held_out=tuple(
+            held & s.mask for held, s in zip(job.prepared.held_out, stacks, strict=True)
+        ),
         metrics={**job.prepared.metrics, "masked": {s.label: "block" for s in stacks}},
     )
     prior = Prior(linear.info["penalty"]["weight"], linear.info["penalty"]["width"])

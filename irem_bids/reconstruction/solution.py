@@ -179,42 +179,51 @@ def binned(
 def build_system(job: Job, grid: Grid, state: State) -> System:
     """The stacks' models on ``grid``, binned to its voxel.
 
-    Voxels that no stack sees stay 0, but for those between slices that leave gaps.
+    Voxels that no stack comes near stay 0; where slices leave gaps, each slice stands for what
+    lies half-way to its neighbours.
     """
     prepared, models = job.prepared, []
-    rows = zip(prepared.stacks, job.uses, state.poses, state.widths, strict=True)
-    for stack, use, poses, width in rows:
-        small, where, counts = binned(stack, use, float(grid.voxel_size[0]))
-        model = StackModel(small, where, grid, job.settings.acquisition, job.device, counts)
+    acquisition, near = job.settings.acquisition, torch.zeros(grid.shape, device=job.device)
+    rows = zip(
+        prepared.stacks, job.uses, prepared.held_out, state.poses, state.widths, strict=True
+    )
+    for stack, use, held, poses, width in rows:
+        size = float(grid.voxel_size[0])
+        small, where, counts = binned(stack, use, size)
+        model = StackModel(small, where, grid, acquisition, job.device, counts)
         model.set_poses(poses, width)
         models.append(model)
+        near += _coverage(model)
+        if model.gap > 0:
+            small, where, _ = binned(stack, use | held, size)
+            spacing = float(small.grid.voxel_size[small.slice_axis])
+            whole = StackModel(
+                replace(small, slice_thickness=spacing),
+                where,
+                grid,
+                replace(acquisition, profile="box", profile_file=None),
+                job.device,
+            )
+            whole.set_poses(poses)
+            near += _coverage(whole)
     noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
     variance = np.maximum(noise, 1e-4) ** 2
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
-    parts = torch.zeros((models[0].parts, *grid.shape), device=job.device)
-    for model in models:
-        model.spread(torch.ones_like(model.values), parts)
-    seen = parts.sum(0) > 1e-3
-    gap = max(model.gap for model in models)
-    if gap > 0:
-        seen = torch.from_numpy(_closed(seen.cpu().numpy(), gap / 2 + 1)).to(seen.device)
     return System(
         models,
         list(state.receivers),
         [float(c) for c in confidence],
         [np.array(w) for w in state.slice_weights],
-        seen.float(),
+        (near > 1e-3).float(),
         prepared.reference,
     )
 
 
-def _closed(where: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
-    """Closing by a ball of ``radius`` voxels: every hole that no such ball fits into is filled."""
-    wide = np.pad(where, int(radius) + 2)
-    near = distance_transform_edt(~wide) <= radius
-    closed = distance_transform_edt(near) > radius
-    inner = tuple(slice(int(radius) + 2, -(int(radius) + 2)) for _ in range(3))
-    return where | closed[inner]
+def _coverage(model: StackModel) -> Tensor:
+    """(X, Y, Z) how much of a stack each voxel of the volume has."""
+    parts = torch.zeros((model.parts, *model.grid.shape), device=model.device)
+    model.spread(torch.ones_like(model.values), parts)
+    return parts.sum(0)
 
 
 class Prediction:

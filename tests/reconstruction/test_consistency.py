@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_opening
 
 from irem_bids.reconstruction import consistency
 from irem_bids.reconstruction.consistency import GUESS, density, reconciled, unseen
@@ -98,8 +99,50 @@ def test_gaps_between_thin_slices_are_filled() -> None:
     image = fit("srr", prepared, target, options).image()
     centre = np.rint(target.to_index(grid.centre)).astype(int)
     block = tuple(slice(c - 6, c + 6) for c in centre)
-    assert (system.domain[block] > 0).all()
     assert (image[block] > 0).all()
+    # linear interpolation beside a lone plane has nothing to be sharpened by
+    assert not any(model.sharpness.any() for model in system.models)
+
+
+def test_gaps_are_filled_up_to_the_faces_of_the_field_of_view() -> None:
+    """Where the head goes on beyond it; a closing by a ball between slices is open there."""
+    volume, grid = head((40, 44, 36), 2.0)
+    middle = (slice(12, 28), slice(14, 30), slice(10, 26))
+    affine = np.array(grid.affine)
+    affine[:3, 3] = grid.to_world(np.array([12, 14, 10]))
+    volume, grid = np.ascontiguousarray(volume[middle]), Grid((16, 16, 16), affine)
+    protocol = Protocol(thickness=8.0, profile="decimate", margin=0.0)
+    options = SETTINGS.updated({"acquisition": {"profile": "none"}})
+    stacks = [s.stack for s in simulate(volume, grid, protocol)]
+    assert all(s.mask.all() for s in stacks)
+    prepared = prepare(stacks, options)
+    prepared = dataclasses.replace(
+        prepared,
+        stacks=tuple(s.with_data(s.data, np.ones_like(s.mask)) for s in prepared.stacks),
+    )
+    target = output_grid(prepared, options.output)
+    job = Job(prepared, target, options, "cpu", None, None)
+    system = build_system(job, target, State.registered(prepared))
+    inside = grid.to_index(target.to_world(np.argwhere(np.ones(target.shape, bool))))
+    within = ((inside >= 0) & (inside <= np.array(grid.shape) - 1)).all(axis=1)
+    assert within.sum() > 3000
+    assert (system.domain.reshape(-1)[torch.from_numpy(within)] > 0).all()
+
+
+def test_held_out_holes_are_as_wide_as_the_gaps_between_slices() -> None:
+    volume, grid = head((40, 44, 36), 2.0)
+    shares = {}
+    for profile, side in (("none", 3), ("box", 1)):
+        protocol = Protocol(thickness=8.0, profile="decimate" if side > 1 else "box", margin=0.0)
+        options = SETTINGS.updated({"acquisition": {"profile": profile}})
+        prepared = prepare([s.stack for s in simulate(volume, grid, protocol)], options)
+        for stack, held in zip(prepared.stacks, prepared.held_out, strict=True):
+            shape = [1 if a == stack.slice_axis else side for a in range(3)]
+            opened = binary_opening(held | ~stack.mask, np.ones(shape))
+            assert np.array_equal(opened & stack.mask, held)
+            shares[profile] = held.sum() / stack.mask.sum()
+    assert shares["none"] == pytest.approx(options.normalise.held_out, rel=0.6)
+    assert shares["box"] == pytest.approx(options.normalise.held_out, rel=0.2)
 
 
 def test_slices_that_meet_leave_no_gap() -> None:

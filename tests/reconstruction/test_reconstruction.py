@@ -358,6 +358,16 @@ def test_held_out_voxels_become_the_mean_of_their_neighbours() -> None:
     assert np.array_equal(filled[~held], data[~held])
 
 
+def test_a_hole_is_filled_from_its_rim() -> None:
+    data = np.full((9, 9, 2), 3.0, np.float32)
+    stack = Stack("s", data, Grid((9, 9, 2), np.eye(4)), 2, 1.0, np.ones((9, 9, 2), bool))
+    held = np.zeros((9, 9, 2), bool)
+    held[1:8, 1:8, 0] = held[:, :, 1] = True
+    filled = without(stack.with_data(np.where(held, 99, data)), held).data
+    assert np.allclose(filled[:, :, 0], 3.0)
+    assert np.array_equal(filled[:, :, 1], np.zeros((9, 9)))  # nothing there tells anything
+
+
 def test_head_mask_holds_dim_tissue_and_leaves_air(truth: tuple[np.ndarray, Grid]) -> None:
     data = truth[0] + np.abs(np.random.default_rng(0).normal(0, 3, truth[0].shape)).astype(
         np.float32
