@@ -184,9 +184,7 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     """
     prepared, models = job.prepared, []
     acquisition, near = job.settings.acquisition, torch.zeros(grid.shape, device=job.device)
-    rows = zip(
-        prepared.stacks, job.uses, prepared.held_out, state.poses, state.widths, strict=True
-    )
+    rows = zip(prepared.stacks, job.uses, prepared.held_out, state.poses, state.widths, strict=True)
     for stack, use, held, poses, width in rows:
         size = float(grid.voxel_size[0])
         small, where, counts = binned(stack, use, size)
