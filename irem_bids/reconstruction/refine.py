@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .acquisition import Receiver, StackModel
 from .geometry import RigidTransform
-from .linear import Metric, Prior, System, solve
+from .linear import Metric, Prior, System, slice_sums, solve
 from .trajectory import MISFIT, Path
 
 LEVER = 50.0  # mm from the pivot at which a rotation's size is measured
@@ -280,6 +280,54 @@ def seek(system: System, volume: Tensor, paths: Sequence[Path], rounds: int) -> 
             factor = system.receivers[s].factors(model.voxels).to(model.device)
             part.held(theta, model.values - factor * model.forward(volume), lost)
             _take(system, s, part, theta)
+
+
+def reattach(
+    system: System,
+    volume: Tensor,
+    prior: Prior,
+    paths: Sequence[Path],
+    *,
+    rounds: int,
+    iterations: int,
+) -> bool:
+    """Seek slices that broke off the walk anew, from where it has them; whether any moved.
+
+    Together they hold up an image that they fit, and with it each other's weights; so both
+    places are judged by an image of which they are no part.  Changes ``system`` in place.
+    """
+    suspects = [path.broken_off() for path in paths]
+    if not any(bool(each.any()) for each in suspects):
+        return False
+    weights, poses = system.slice_weights, [model.poses for model in system.models]
+    system.slice_weights = [
+        np.where(each, 0.0, w) for each, w in zip(suspects, weights, strict=True)
+    ]
+    image = solve(system, volume, prior, iterations=iterations, reweightings=1)
+    before = _misfits(system, image)
+    for model, path, suspect in zip(system.models, paths, suspects, strict=True):
+        little = shows_little(model)
+        if suspect.any() and not (suspect | little).all():
+            model.set_poses(path.bridged(suspect, model.pivot, little))
+    seek(system, image, paths, rounds)
+    moved = False
+    for s, (model, path, after) in enumerate(
+        zip(system.models, paths, _misfits(system, image), strict=True)
+    ):
+        better = suspects[s] & (after < before[s])
+        moved |= bool(better.any())
+        model.set_poses(np.where(better[:, None, None], model.poses, poses[s]))
+        path.follow(model.poses, model.pivot)
+        system.slice_weights[s] = np.where(better, 1.0, weights[s])
+    return moved
+
+
+def _misfits(system: System, volume: Tensor) -> list[NDArray[np.float64]]:
+    """Per stack (K,): each slice's sum of squared residuals."""
+    return [
+        slice_sums(model, model.counts * residual**2).numpy()
+        for model, residual in zip(system.models, system.residuals(volume), strict=True)
+    ]
 
 
 def _pinned(system: System, volume: Tensor, residual: Tensor, weight: Tensor) -> Tensor:

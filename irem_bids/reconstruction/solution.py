@@ -23,7 +23,7 @@ from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
 from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
-from .refine import Freedom, refine, seek, share_shading, shows_little
+from .refine import Freedom, reattach, refine, seek, share_shading, shows_little
 from .robust import slice_weights
 from .stack import Stack
 
@@ -244,13 +244,18 @@ class Prediction:
         return [m.values - g * m.forward(volume) for m, g in pairs]
 
 
-def penalty_strength(prepared: Prepared, settings: Settings) -> Prior:
-    """The setting, or in proportion to the stacks' mean noise."""
-    weight = settings.srr.srr_lambda
-    if weight is None:
-        noise = float(np.mean(list(prepared.metrics["noise"].values())))
-        weight = STRENGTH * max(noise, 1e-3)
-    return Prior(weight, settings.srr.srr_huber)
+def penalty_strength(prepared: Prepared, settings: Settings, voxel: float) -> Prior:
+    """On voxels of ``voxel`` mm: the setting, or in proportion to the stacks' mean noise.
+
+    That was chosen on voxels of the size that the stacks have in plane; on others it is the
+    same penalty per volume.
+    """
+    weight, width = settings.srr.srr_lambda, settings.srr.srr_huber
+    if weight is not None:
+        return Prior(weight, width)
+    noise = float(np.mean(list(prepared.metrics["noise"].values())))
+    acquired = min(min(stack.in_plane) for stack in prepared.stacks)
+    return Prior(STRENGTH * max(noise, 1e-3), width).on_grid(voxel / acquired)
 
 
 def solve_linear(
@@ -282,7 +287,7 @@ class _Solver:
         image: Callable[..., Tensor],
     ) -> None:
         self.job, self.refined, self.progress, self.image = job, refined, progress, image
-        self.prior = penalty_strength(job.prepared, job.settings)
+        self.prior = penalty_strength(job.prepared, job.settings, float(job.grid.voxel_size[0]))
         self.state = state
         self.volume: Tensor | None = None
         self.grid = job.grid
@@ -414,6 +419,15 @@ class _Solver:
 
         go(rounds)
         if free.paths:
+            if self.grid != self.job.grid and reattach(
+                system,
+                self._volume,
+                prior,
+                free.paths,
+                rounds=SEEK_ROUNDS,
+                iterations=ROUND_ITERATIONS,
+            ):
+                go(1)
             self._bridge(system, free.paths)
             lost = [weights < BAD for weights in system.slice_weights]
             seek(system, self._volume, free.paths, SEEK_ROUNDS)

@@ -18,6 +18,8 @@ STEP = (0.5, 0.5)  # degrees and mm between slices that follow each other, at fi
 TRIALS = (0.15, 0.5, 1.5)  # degrees and mm: sizes of the steps at which orders are compared
 SMALLEST, LARGEST = 0.08, 2.0  # bounds of both
 ANCHOR = 5.0  # degrees and mm: standard deviation of a slice's place about its stack's
+BREAK = 12.0  # squared size of a step, of six numbers in standard deviations, that is a break
+TAIL = 1 / 8  # of a stack's slices: a piece between two breaks is suspected where it is shorter
 GAUGE = 1e4  # strength, over the anchor's, that keeps the reference's mean motion at 0
 
 
@@ -125,6 +127,18 @@ class Path:
             self.motion[distrusted, number] = mean[distrusted[unknown]]
         moves = [RigidTransform.from_vector(v, pivot) @ self.base for v in self.motion]
         return np.stack([move.matrix for move in moves])
+
+    def broken_off(self) -> NDArray[np.bool_]:
+        """(K,) slices of a short piece of the walk that a step far larger than the others parts
+        from the rest: together they may have slipped to where they fit each other."""
+        order = self.candidates[self.order]
+        steps = np.diff((self.motion / self._scale)[order], axis=0)
+        size = ((steps / np.repeat(self.step, 3)) ** 2).sum(axis=1)
+        ends = np.concatenate([[0], 1 + np.flatnonzero(size > BREAK), [len(order)]])
+        out = np.zeros(len(order), bool)
+        for first, last in itertools.pairwise(ends):
+            out[order[first:last]] = last - first <= TAIL * len(order)
+        return out
 
     def choose(self, blocks: NDArray[np.float64], pull: NDArray[np.float64]) -> None:
         """Take the order of acquisition that the data make most likely, by its evidence.

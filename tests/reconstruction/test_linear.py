@@ -13,8 +13,13 @@ from irem_bids.reconstruction import solver_torch
 from irem_bids.reconstruction.acquisition import Receiver, StackModel
 from irem_bids.reconstruction.geometry import RigidTransform
 from irem_bids.reconstruction.linear import FIRM, Prior, System, restored, solve
+from irem_bids.reconstruction.prepare import prepare
+from irem_bids.reconstruction.protocol import Protocol
+from irem_bids.reconstruction.simulate import simulate
+from irem_bids.reconstruction.solution import penalty_strength
 from irem_bids.reconstruction.stack import Stack
-from irem_bids.settings import Acquisition
+from irem_bids.settings import Acquisition, Settings
+from tests.phantom import head
 from tests.stacks import centred
 
 SIZE, THICKNESS, NOISE = 36, 4.0, 0.02
@@ -100,3 +105,22 @@ def test_restored_is_the_minimum_about_data_with_what_was_left(system: System) -
     for model, rest, left in rests:
         data += model.adjoint(rest + left)
     assert (gradient - data).norm() < 0.02 * gradient.norm()
+
+
+def test_the_automatic_penalty_is_the_same_per_volume_on_any_grid() -> None:
+    """Its sum over a smooth image, sampled at 1 and at 0.5 mm, by hand."""
+    stacks = simulate(*head((40, 44, 36), 2.0), Protocol(thickness=6.0, snr=40, seed=3))
+    settings = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+    prepared = prepare([s.stack for s in stacks], settings)
+
+    def total(voxel: float) -> float:
+        prior = penalty_strength(prepared, settings, 2.0 * voxel)  # 2 mm in plane
+        at = np.arange(0, 60, voxel)
+        x, y, z = np.meshgrid(at, at, at, indexing="ij", sparse=True)
+        image = np.sin(x / 9) * np.cos(y / 11) + np.sin(z / 13)
+        square = sum(step**2 for step in np.gradient(image))
+        return prior.weight * float(np.sqrt(square + prior.width**2).sum())
+
+    assert total(0.5) == pytest.approx(total(1.0), rel=0.02)
+    given = settings.updated({"srr": {"srr_lambda": 0.01, "srr_huber": 0.02}})
+    assert penalty_strength(prepared, given, 1.0) == Prior(0.01, 0.02)

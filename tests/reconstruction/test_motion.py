@@ -12,10 +12,10 @@ from scipy.spatial.transform import Rotation
 
 from irem_bids.reconstruction.gauge import common_motion
 from irem_bids.reconstruction.geometry import Grid, RigidTransform, mean_pose
-from irem_bids.reconstruction.linear import Metric
+from irem_bids.reconstruction.linear import Metric, Prior, System
 from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
-from irem_bids.reconstruction.refine import seek
+from irem_bids.reconstruction.refine import reattach, seek
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, simulate
 from irem_bids.reconstruction.solution import Job, State, build_system
 from irem_bids.reconstruction.trajectory import GAUGE, MISFIT, Path, orders
@@ -89,8 +89,8 @@ def test_damaged_slices_count_little_and_no_other_is_lost(
     assert min(sound) > 0.8
 
 
-def test_a_lost_slice_of_the_reference_is_sought(prepared: Prepared, moving: Fit) -> None:
-    """From 1 degree and 1 mm away, while the mean motion of the reference is not 0."""
+def found_system(prepared: Prepared, moving: Fit) -> tuple[System, list[Path]]:
+    """The acquisition that was found, with interleaved paths."""
     labels = [stack.label for stack in prepared.stacks]
     state = State(
         [moving.slice_poses[label].copy() for label in labels],
@@ -99,33 +99,79 @@ def test_a_lost_slice_of_the_reference_is_sought(prepared: Prepared, moving: Fit
         [moving.widths[label] for label in labels],
     )
     job = Job(prepared, moving.grid, SETTINGS, "cpu", None, None)
+    system = build_system(job, moving.grid, state)
+    paths = []
+    for each in system.models:
+        # noise: variance of a residual, about that of the stacks' SNR
+        order = orders(each.slices)["interleaved"]
+        path = Path(np.zeros((each.slices, 6)), {"interleaved": order}, noise=1e-4)
+        path.follow(each.poses, each.pivot)
+        paths.append(path)
+    return system, paths
+
+
+def distance(found: np.ndarray, right: np.ndarray, pivot: np.ndarray) -> tuple[float, float]:
+    """Of two poses: degrees, and mm at the pivot."""
+    off = (RigidTransform(found) @ RigidTransform(right).inverse()).to_vector(pivot)
+    return float(np.rad2deg(np.linalg.norm(off[:3]))), float(np.linalg.norm(off[3:]))
+
+
+def test_a_lost_slice_of_the_reference_is_sought(prepared: Prepared, moving: Fit) -> None:
+    """From 1 degree and 1 mm away, while the mean motion of the reference is not 0."""
     r = prepared.reference
     lost = int(np.argmax(prepared.stacks[r].mask.sum(axis=(0, 1))))
     assert prepared.stacks[r].slice_axis == 2
-    system = build_system(job, moving.grid, state)
+    system, paths = found_system(prepared, moving)
     model = system.models[r]
     right = model.poses[lost].copy()
     away = RigidTransform.from_vector(np.array([0.017, 0, 0, 0, 0, 1.0]), model.pivot)
     poses = model.poses.copy()
     poses[lost] = away.matrix @ right
     model.set_poses(poses)
+    paths[r].follow(poses, model.pivot)
     system.slice_weights[r][lost] = 0.0
-    paths = []
-    for each in system.models:
-        rest = np.zeros((each.slices, 6))
-        # noise: variance of a residual, about that of the stacks' SNR
-        order = orders(each.slices)["interleaved"]
-        path = Path(rest, {"interleaved": order}, noise=1e-4)
-        path.follow(each.poses, each.pivot)
-        paths.append(path)
     paths[r].shares = np.full(model.slices, 1 / model.slices)
     assert np.abs(paths[r].motion.mean(axis=0)[3:]).max() > 0.01
     seek(system, torch.from_numpy(moving.image()), paths, 5)
-    off = (RigidTransform(model.poses[lost]) @ RigidTransform(right).inverse()).to_vector(
-        model.pivot
-    )
-    assert np.rad2deg(np.linalg.norm(off[:3])) < 0.3
-    assert np.linalg.norm(off[3:]) < 0.3
+    assert max(distance(model.poses[lost], right, model.pivot)) < 0.3
+
+
+@pytest.mark.parametrize("slipped", [True, False])
+def test_a_piece_that_broke_off_is_put_back(prepared: Prepared, moving: Fit, slipped: bool) -> None:
+    """Three slices in time that slipped by 5 degrees and 3 mm together; none that did not."""
+    system, paths = found_system(prepared, moving)
+    s = (prepared.reference + 1) % len(system.models)
+    model = system.models[s]
+    middle = int(np.argmax(np.diff(model.starts)))
+    piece = middle + np.array([-2, 0, 2])
+    right = model.poses.copy()
+    if slipped:
+        away = RigidTransform.from_vector(np.array([0.087, 0, 0, 0, 0, 3.0]), model.pivot)
+        poses = right.copy()
+        poses[piece] = away.matrix @ poses[piece]
+        model.set_poses(poses)
+        paths[s].follow(poses, model.pivot)
+    assert bool(paths[s].broken_off()[piece].all()) == slipped
+    weights = [w.copy() for w in system.slice_weights]
+    volume = torch.from_numpy(moving.image())
+    moved = reattach(system, volume, Prior(1e-3, 0.01), paths, rounds=8, iterations=5)
+    off = [max(distance(model.poses[k], right[k], model.pivot)) for k in piece]
+    assert max(off) < 0.5
+    if slipped:
+        assert moved
+    for found, given in zip(system.slice_weights, weights, strict=True):
+        assert (found >= given).all()
+
+
+def test_a_short_piece_between_large_steps_is_broken_off() -> None:
+    order = orders(40)["interleaved"]
+    path = Path(np.zeros((40, 6)), {"interleaved": order}, noise=1.0, step=(0.5, 0.5))
+    path.motion[order] = walked(np.arange(40), 0.3)
+    assert not path.broken_off().any()
+    path.motion[order[36:], 0] += np.deg2rad(4.0)
+    assert np.array_equal(np.flatnonzero(path.broken_off()), np.sort(order[36:]))
+    path.motion[order[20:36], 0] += np.deg2rad(4.0)  # half a scan is no piece: someone moved
+    assert not path.broken_off().any()
 
 
 def test_the_reference_holds_the_common_motion(prepared: Prepared, moving: Fit) -> None:
