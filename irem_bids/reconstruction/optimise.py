@@ -28,7 +28,7 @@ from .metrics import MAD_TO_SIGMA
 from .prepare import Prepared, write_json
 from .registration import ncc
 from .rehearsal import rehearse
-from .repeatable import repeatable
+from .repeatable import repeatable, small_matrices
 from .sample import evaluate, sample
 from .solution import Job, Linear, Prediction, Progress, State, build_system, solve_linear
 from .stack import Stack
@@ -185,7 +185,7 @@ def fit(
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(methods)}")
     torch.manual_seed(settings.run.random_seed)
     started = time.monotonic()
-    with repeatable(settings.run.deterministic):
+    with repeatable(settings.run.deterministic), small_matrices():
         result = methods[method](Job(prepared, grid, settings, device, checkpoint, progress))
     result.info |= {"device": device, "seconds": round(time.monotonic() - started, 3)}
     result.field = result.field.to("cpu").eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same bits each time, on a GPU too: a CPU gives them anyway."""
+"""The same bits each time, on a GPU too: a CPU gives them anyway; and one thread of BLAS."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def repeatable(asked: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def small_matrices() -> Iterator[None]:
+    """Within, BLAS has one thread, where threadpoolctl is there to say so.
+
+    The matrices of the poses have some hundred rows: more threads wait for each other longer than
+    they work, at the full cost of a processor (5 s instead of 0.6 s a round beside another job).
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # a machine with torch alone
+        yield
+        return
+    with threadpool_limits(1, user_api="blas"):
+        yield

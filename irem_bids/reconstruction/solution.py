@@ -419,13 +419,18 @@ class _Solver:
 
         go(rounds)
         if free.paths:
-            if self.grid != self.job.grid and reattach(
-                system,
-                self._volume,
-                prior,
-                free.paths,
-                rounds=SEEK_ROUNDS,
-                iterations=ROUND_ITERATIONS,
+            coarse = self.grid != self.job.grid
+            if (
+                self.motion == "slice"
+                and coarse
+                and reattach(  # a trial does without
+                    system,
+                    self._volume,
+                    prior,
+                    free.paths,
+                    rounds=SEEK_ROUNDS,
+                    iterations=ROUND_ITERATIONS,
+                )
             ):
                 go(1)
             self._bridge(system, free.paths)

@@ -16,7 +16,7 @@ import torch
 from irem_bids.reconstruction import fields
 from irem_bids.reconstruction.optimise import fit
 from irem_bids.reconstruction.prepare import output_grid, prepare
-from irem_bids.reconstruction.repeatable import repeatable
+from irem_bids.reconstruction.repeatable import repeatable, small_matrices
 from irem_bids.reconstruction.simulate import Protocol, simulate
 from irem_bids.settings import Settings
 from tests.phantom import head
@@ -116,3 +116,16 @@ def test_the_flag_is_put_back() -> None:
     with repeatable(True):
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_fit_has_one_thread_of_blas() -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+
+    def most() -> int:
+        found = threadpoolctl.threadpool_info()
+        return max(each["num_threads"] for each in found if each["user_api"] == "blas")
+
+    before = most()
+    with small_matrices():
+        assert most() == 1
+    assert most() == before
