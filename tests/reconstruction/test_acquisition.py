@@ -174,7 +174,7 @@ def test_sharpening_equals_its_plain_form_and_is_its_own_adjoint() -> None:
 
 def test_a_turned_stack_is_predicted_without_the_blur_of_linear_interpolation() -> None:
     """A wave of six voxels; a grid along the stack needs no sharpening, a turned one does."""
-    stack, grid = blob_stack(), cube(45)
+    stack, grid = blob_stack(spacing=2.0, thickness=2.0), cube(45)
     points = grid.to_world(np.indices(grid.shape).reshape(3, -1).T)
     wave = np.cos(2 * np.pi * points[:, 0] / 6.0).reshape(grid.shape).astype(np.float32)
     pose = RigidTransform.from_vector([0.05, 0.31, 0.52, 0.3, 0.2, 0.1])
@@ -190,6 +190,10 @@ def test_a_turned_stack_is_predicted_without_the_blur_of_linear_interpolation() 
     assert float(blurred @ expected / (expected @ expected)) < 0.93
     assert float(sharp @ expected / (expected @ expected)) == pytest.approx(1, abs=0.02)
     assert np.std(sharp - expected) < 0.6 * np.std(blurred - expected)
+    apart = StackModel(blob_stack(), blob_stack().mask, grid, Acquisition(profile="none"))
+    apart.set_poses(pose)
+    assert apart.gap == pytest.approx(2.0)
+    assert not apart.sharpness.any()  # nobody sees the voxels that it would take from
 
 
 @pytest.mark.gpu
