@@ -419,19 +419,10 @@ class _Solver:
 
         go(rounds)
         if free.paths:
+            moving = self.motion == "slice"  # not just on trial
+            shares = {"rounds": SEEK_ROUNDS, "iterations": ROUND_ITERATIONS}
             coarse = self.grid != self.job.grid
-            if (
-                self.motion == "slice"
-                and coarse
-                and reattach(  # a trial does without
-                    system,
-                    self._volume,
-                    prior,
-                    free.paths,
-                    rounds=SEEK_ROUNDS,
-                    iterations=ROUND_ITERATIONS,
-                )
-            ):
+            if moving and coarse and reattach(system, self._volume, prior, free.paths, **shares):
                 go(1)
             self._bridge(system, free.paths)
             lost = [weights < BAD for weights in system.slice_weights]
