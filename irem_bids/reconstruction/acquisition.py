@@ -13,6 +13,7 @@ times a smooth bias.  F is trilinear on a grid; the loops stand in :mod:`.operat
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,6 +385,22 @@ class StackModel:
             self.pivot += points.mean(axis=0, dtype=np.float64) * 100.0
         if self._rows is not None:
             self._rows.place(self.rows)
+
+    def only(self, slices: NDArray[np.bool_], every: int = 1) -> StackModel:
+        """The same with the rows of the chosen ``slices`` (K,) alone, or every ``every``-th of
+        them; with poses of its own."""
+        part = copy.copy(self)
+        keep = np.flatnonzero(slices[self.slice_of_row])[::every]
+        rows = torch.from_numpy(keep).to(self.device)
+        part.index, part.values, part.counts = (
+            self.index[keep],
+            self.values[rows],
+            self.counts[rows],
+        )
+        part.starts = np.searchsorted(part.slice_of_row, np.arange(self.slices + 1))
+        part._rows, part._lattice = None, None
+        part.set_poses(self.poses)
+        return part
 
     def _on_device(self) -> operator_torch.DeviceRows:
         if self._rows is None:

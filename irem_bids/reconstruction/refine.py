@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .acquisition import Receiver, StackModel
 from .geometry import RigidTransform
-from .linear import Metric, Prior, System, slice_sums, solve
+from .linear import Metric, Prior, System, solve
 from .trajectory import MISFIT, Path
 
 LEVER = 50.0  # mm from the pivot at which a rotation's size is measured
@@ -193,7 +193,7 @@ class _Linearised:
             home = -np.linalg.solve(own, pull[at])
             away = theta[at] - home
             unlikely = away @ own @ away > self.path.noise * MISFIT * BELIEVABLE**2
-            if unlikely if self.distrusted[k] else float(_sizes(away[None])[0]) > LARGEST:
+            if unlikely if self.distrusted[k] else float(sizes(away[None])[0]) > LARGEST:
                 theta[at] = home
 
     def _alone(
@@ -268,68 +268,6 @@ def refine(
     return volume, steps
 
 
-def seek(system: System, volume: Tensor, paths: Sequence[Path], rounds: int) -> None:
-    """Bring distrusted slices to the volume (X, Y, Z) as it is, in Gauss-Newton rounds of each
-    slice by itself; changes ``system`` in place, its weights excepted."""
-    free = Freedom(receiver=False, paths=paths)
-    for s, model in enumerate(system.models):
-        lost = np.flatnonzero(system.slice_weights[s] < DISTRUSTED)
-        for _ in range(rounds if len(lost) else 0):
-            part = _Linearised(system, s, volume, system.weights()[s], free)
-            theta = np.zeros(6 * model.slices)
-            factor = system.receivers[s].factors(model.voxels).to(model.device)
-            part.held(theta, model.values - factor * model.forward(volume), lost)
-            _take(system, s, part, theta)
-
-
-def reattach(
-    system: System,
-    volume: Tensor,
-    prior: Prior,
-    paths: Sequence[Path],
-    *,
-    rounds: int,
-    iterations: int,
-) -> bool:
-    """Seek slices that broke off the walk anew, from where it has them; whether any moved.
-
-    Together they hold up an image that they fit, and with it each other's weights; so both
-    places are judged by an image of which they are no part.  Changes ``system`` in place.
-    """
-    suspects = [path.broken_off() for path in paths]
-    if not any(bool(each.any()) for each in suspects):
-        return False
-    weights, poses = system.slice_weights, [model.poses for model in system.models]
-    system.slice_weights = [
-        np.where(each, 0.0, w) for each, w in zip(suspects, weights, strict=True)
-    ]
-    image = solve(system, volume, prior, iterations=iterations, reweightings=1)
-    before = _misfits(system, image)
-    for model, path, suspect in zip(system.models, paths, suspects, strict=True):
-        little = shows_little(model)
-        if suspect.any() and not (suspect | little).all():
-            model.set_poses(path.bridged(suspect, model.pivot, little))
-    seek(system, image, paths, rounds)
-    moved = False
-    for s, (model, path, after) in enumerate(
-        zip(system.models, paths, _misfits(system, image), strict=True)
-    ):
-        better = suspects[s] & (after < before[s])
-        moved |= bool(better.any())
-        model.set_poses(np.where(better[:, None, None], model.poses, poses[s]))
-        path.follow(model.poses, model.pivot)
-        system.slice_weights[s] = np.where(better, 1.0, weights[s])
-    return moved
-
-
-def _misfits(system: System, volume: Tensor) -> list[NDArray[np.float64]]:
-    """Per stack (K,): each slice's sum of squared residuals."""
-    return [
-        slice_sums(model, model.counts * residual**2).numpy()
-        for model, residual in zip(system.models, system.residuals(volume), strict=True)
-    ]
-
-
 def _pinned(system: System, volume: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     """Take the gain step that the reference asks for, by the image and the others' gains.
 
@@ -354,17 +292,17 @@ def _take(system: System, s: int, part: _Linearised, theta: NDArray[np.float64])
     poses, width = model.poses, model.width
     at = 0
     if part.local is not None and part.path is not None:
-        each = np.stack([_bounded(v) for v in theta[: 6 * model.slices].reshape(-1, 6)])
+        each = np.stack([bounded(v) for v in theta[: 6 * model.slices].reshape(-1, 6)])
         moves = [RigidTransform.from_vector(v, model.pivot).matrix for v in each]
         poses = np.stack(moves) @ poses
         part.path.follow(poses, model.pivot)
-        largest, at = float(_sizes(each).max()), 6 * model.slices
+        largest, at = float(sizes(each).max()), 6 * model.slices
     receiver = system.receivers[s]
     for name, count in part.names:
         values, at = theta[at : at + count], at + count
         if name == "pose":
-            largest = float(_sizes(values[None])[0])
-            moved = RigidTransform.from_vector(_bounded(values), model.pivot)
+            largest = float(sizes(values[None])[0])
+            moved = RigidTransform.from_vector(bounded(values), model.pivot)
             poses = moved.matrix @ poses
         elif name == "gain":
             gain = receiver.gain * float(np.clip(1.0 + values[0], 0.5, 2.0))
@@ -378,15 +316,16 @@ def _take(system: System, s: int, part: _Linearised, theta: NDArray[np.float64])
     return largest
 
 
-def _sizes(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def sizes(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """(K,) size of motions (K, 6) in mm."""
     return np.asarray(
         np.linalg.norm(vectors[:, :3], axis=1) * LEVER + np.linalg.norm(vectors[:, 3:], axis=1)
     )
 
 
-def _bounded(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    size = float(_sizes(vector[None])[0])
+def bounded(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A motion (6,), or as much of it as is ``LARGEST``."""
+    size = float(sizes(vector[None])[0])
     return vector if size <= LARGEST else vector * (LARGEST / size)
 
 

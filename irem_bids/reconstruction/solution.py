@@ -23,8 +23,9 @@ from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
 from .linear import Prior, System, slice_sums, solve
 from .prepare import Prepared
-from .refine import Freedom, reattach, refine, seek, share_shading, shows_little
+from .refine import Freedom, refine, share_shading, shows_little
 from .robust import slice_weights
+from .search import reattach, seek
 from .stack import Stack
 
 Progress = Callable[[float, str], None]
@@ -419,10 +420,9 @@ class _Solver:
 
         go(rounds)
         if free.paths:
-            moving = self.motion == "slice"  # not just on trial
             shares = {"rounds": SEEK_ROUNDS, "iterations": ROUND_ITERATIONS}
             coarse = self.grid != self.job.grid
-            if moving and coarse and reattach(system, self._volume, prior, free.paths, **shares):
+            if coarse and reattach(system, self._volume, prior, free.paths, **shares):
                 go(1)
             self._bridge(system, free.paths)
             lost = [weights < BAD for weights in system.slice_weights]

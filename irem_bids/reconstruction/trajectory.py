@@ -104,8 +104,30 @@ class Path:
 
     def follow(self, poses: NDArray[np.float64], pivot: NDArray[np.float64]) -> None:
         """Take over the slices' poses (K, 4, 4); the motion is about ``pivot``."""
+        self.motion = self.motions(poses, pivot)
+
+    def motions(
+        self, poses: NDArray[np.float64], pivot: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """(K, 6) motion about ``pivot`` of slices at ``poses`` (K, 4, 4)."""
         back = self.base.inverse()
-        self.motion = np.stack([(RigidTransform(p) @ back).to_vector(pivot) for p in poses])
+        return np.stack([(RigidTransform(p) @ back).to_vector(pivot) for p in poses])
+
+    def expected(
+        self, unknown: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(U, 6) mean and variance of the motion of the ``unknown`` slices (K,), given the others':
+        the prior's conditional ones, in the units of :attr:`motion`, one slice by itself."""
+        walk, mean, variance = self._walk(), [], []
+        for number, (size, unit) in enumerate(
+            zip(np.repeat(self.step, 3), self._scale, strict=True)
+        ):
+            precision = walk / size**2 + np.eye(len(walk)) / ANCHOR**2
+            own = np.linalg.inv(precision[np.ix_(unknown, unknown)])
+            known = precision[np.ix_(unknown, ~unknown)] @ self.motion[~unknown, number]
+            mean.append(-own @ known)
+            variance.append(np.diag(own) * unit**2)
+        return np.stack(mean, axis=1), np.stack(variance, axis=1)
 
     def bridged(
         self,
@@ -114,18 +136,17 @@ class Path:
         ignored: NDArray[np.bool_] | bool = False,
     ) -> NDArray[np.float64]:
         """(K, 4, 4) poses of the slices, with those of the ``distrusted`` (K,) taken from the
-        others: the mean of the walk between their neighbours in time (the prior's conditional
-        mean).  The ``ignored`` (K,) keep theirs without being asked.  The motion follows; it is
-        about ``pivot``.
+        others: the mean of the walk between their neighbours in time (:meth:`expected`).  The
+        ``ignored`` (K,) keep theirs without being asked.  The motion follows; it is about
+        ``pivot``.
         """
-        walk, unknown = self._walk(), distrusted | ignored
-        for number, size in enumerate(np.repeat(self.step, 3)):
-            precision = walk / size**2 + np.eye(len(walk)) / ANCHOR**2
-            known = precision[np.ix_(unknown, ~unknown)] @ self.motion[~unknown, number]
-            own = precision[np.ix_(unknown, unknown)]
-            mean = -np.linalg.solve(own, known)
-            self.motion[distrusted, number] = mean[distrusted[unknown]]
-        moves = [RigidTransform.from_vector(v, pivot) @ self.base for v in self.motion]
+        unknown = distrusted | ignored
+        self.motion[distrusted] = self.expected(unknown)[0][distrusted[unknown]]
+        return self.poses(self.motion, pivot)
+
+    def poses(self, motion: NDArray[np.float64], pivot: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(K, 4, 4) poses of slices that have a ``motion`` (K, 6) about ``pivot``."""
+        moves = [RigidTransform.from_vector(v, pivot) @ self.base for v in motion]
         return np.stack([move.matrix for move in moves])
 
     def broken_off(self) -> NDArray[np.bool_]:

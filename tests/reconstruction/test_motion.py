@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from irem_bids.reconstruction.geometry import Grid, RigidTransform, mean_pose
 from irem_bids.reconstruction.linear import Metric, Prior, System
 from irem_bids.reconstruction.optimise import Fit, fit, quality
 from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare, prepared_slices
-from irem_bids.reconstruction.refine import reattach, seek
+from irem_bids.reconstruction.search import Search, reattach, seek
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, simulate
 from irem_bids.reconstruction.solution import Job, State, build_system
 from irem_bids.reconstruction.trajectory import GAUGE, MISFIT, Path, orders
@@ -134,6 +135,62 @@ def test_a_lost_slice_of_the_reference_is_sought(prepared: Prepared, moving: Fit
     assert np.abs(paths[r].motion.mean(axis=0)[3:]).max() > 0.01
     seek(system, torch.from_numpy(moving.image()), paths, 5)
     assert max(distance(model.poses[lost], right, model.pivot)) < 0.3
+
+
+def test_a_slice_that_descent_leaves_astray_is_found_from_other_starts(
+    prepared: Prepared, moving: Fit
+) -> None:
+    """Stripes 8 mm apart, the slice a stripe off: descent stays there, though it fits worse."""
+    r = prepared.reference
+    system, paths = found_system(prepared, moving)
+    model, path = system.models[r], paths[r]
+    lost = int(np.argmax(np.diff(model.starts)))
+    x = moving.grid.to_world(np.indices(moving.grid.shape).reshape(3, -1).T)[:, 0]
+    stripes = (1 + x / 200) * (2 + np.cos(2 * np.pi * x / 8))
+    volume = torch.from_numpy(stripes.reshape(moving.grid.shape).astype(np.float32))
+    rows = slice(int(model.starts[lost]), int(model.starts[lost + 1]))
+    factor = system.receivers[r].factors(model.voxels)
+    model.values[rows] = (factor * model.forward(volume))[rows]
+    right = model.poses[lost].copy()
+    away = RigidTransform.from_vector(np.array([0, 0, 0, 8.0, 0, 0]), model.pivot)
+    poses = model.poses.copy()
+    poses[lost] = away.matrix @ right
+    path.step = (2.0, 2.0)
+    model.set_poses(poses)
+    path.follow(poses, model.pivot)
+    system.slice_weights[r][lost] = 0.0
+
+    def off(motion: np.ndarray) -> float:
+        back = RigidTransform.from_vector(motion, model.pivot) @ path.base
+        shift = (back @ RigidTransform(right).inverse()).to_vector(model.pivot)[3]
+        return float(abs(shift))  # stripes tell of x alone
+
+    distrusted = system.slice_weights[r] < 0.9
+    alone = Search(system, r, volume, path, distrusted)
+    alone.descend(alone.best, 8)
+    assert off(alone.best[list(np.flatnonzero(distrusted)).index(lost)]) > 5.0
+    seek(system, volume, paths, 8)
+    assert off(path.motion[lost]) < 0.3
+
+
+def test_part_of_a_model_predicts_its_slices(prepared: Prepared, moving: Fit) -> None:
+    system, _ = found_system(prepared, moving)
+    volume = torch.from_numpy(moving.image())
+    for model in system.models:
+        chosen = np.zeros(model.slices, bool)
+        chosen[[3, 4, model.slices // 2]] = True
+        part, rows = model.only(chosen), chosen[model.slice_of_row]
+        assert np.array_equal(np.diff(part.starts), np.diff(model.starts) * chosen)
+        # the sharpening is that of the rows at hand: taken out
+        model.sharpness, part.sharpness = np.zeros(3, np.float32), np.zeros(3, np.float32)
+        whole = model.forward(volume).numpy()
+        assert np.allclose(part.forward(volume).numpy(), whole[rows], atol=1e-6)
+        assert np.array_equal(part.values.numpy(), model.values.numpy()[rows])
+        assert np.array_equal(part.poses, model.poses)
+        some = model.only(chosen, 7)
+        assert np.array_equal(some.index, model.index[rows][::7])
+        assert all(some.index[a:b, model._axis].tolist() == [k] * (b - a)
+                   for k, (a, b) in enumerate(pairwise(some.starts)))  # fmt: skip
 
 
 @pytest.mark.parametrize("slipped", [True, False])
@@ -295,6 +352,7 @@ def test_a_distrusted_slice_lies_between_its_neighbours_in_time() -> None:
     assert np.allclose(path.motion[~distrusted], motion[~distrusted])
     # one whose neighbour in time is ignored lies where the walk is without that one's say
     ignored = np.array([False, False, False, False, True, False])
+    _, variance = path.expected(distrusted | ignored)
     poses = path.bridged(distrusted, np.zeros(3), ignored)
     for c in range(6):
         missing = [2, 4]
@@ -302,6 +360,7 @@ def test_a_distrusted_slice_lies_between_its_neighbours_in_time() -> None:
         known = sum(prior[np.ix_(missing, [c], [k], [c])][:, 0, 0, 0] * motion[k, c]
                     for k in range(6) if k not in missing)  # fmt: skip
         assert path.motion[2, c] == pytest.approx(-np.linalg.solve(own, known)[0])
+        assert variance[0, c] == pytest.approx(np.linalg.inv(own)[0, 0] * MISFIT)
     assert np.allclose(path.motion[~distrusted], motion[~distrusted])
     assert np.allclose(poses[2], RigidTransform.from_vector(path.motion[2], np.zeros(3)).matrix)
 
