@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .linear import Prior, System, slice_sums, solve
 from .refine import BELIEVABLE, DISTRUSTED, LARGEST, bounded, shows_little, sizes
+from .sharpening import sharpened
 from .trajectory import MISFIT, Path
 
 START_SHIFT, START_TURN = 3.0, 3.0  # mm and degrees from the walk at which a search begins, too
@@ -85,7 +86,8 @@ class Search:
         among = lost[unknown]
         self.mean, self.variance = mean[among], variance[among]
         self.little = little[lost]
-        self.path, self.lost, self.volume, self.pivot = path, lost, volume, whole.pivot
+        self.path, self.lost, self.pivot = path, lost, whole.pivot
+        self.volume = sharpened(volume, whole.sharpness)  # once for all
         self.model = whole.only(lost, every)
         self.rows = [
             slice(int(self.model.starts[k]), int(self.model.starts[k + 1]))
@@ -113,6 +115,7 @@ class Search:
         every[self.lost] = motion
         self.model.set_poses(self.path.poses(every, self.pivot))
         self.model.pivot = self.pivot  # of the whole stack
+        self.model.sharpness = np.zeros(3, np.float32)
         return self.model.values - self.factor * self.model.forward(self.volume)
 
     @property
