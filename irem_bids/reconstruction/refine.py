@@ -164,36 +164,31 @@ class _Linearised:
         if self.path is not None:
             self.path.choose(self.blocks, asked[: 6 * self.model.slices])
         theta = np.asarray(self.inverse @ (asked - self.pull))
-        if self.path is not None:
-            stray = self.distrusted | shows_little(self.model)
-            self.held(theta, residual, np.flatnonzero(stray))
+        self._keep(theta, residual)
         return theta
 
-    @property
-    def distrusted(self) -> NDArray[np.bool_]:
-        """(K,) slices that have no say in where others were."""
-        return self.trust < DISTRUSTED
-
-    def held(self, theta: NDArray[np.float64], residual: Tensor, slices: NDArray[np.intp]) -> None:
-        """The steps of ``slices`` in ``theta``, of the distrusted their own, kept near the walk.
+    def _keep(self, theta: NDArray[np.float64], residual: Tensor) -> None:
+        """Put the steps of slices that may go astray into ``theta``, kept near the walk.
 
         A bad image, or one with next to no head in it, fits best where there is nothing to see:
-        a distrusted slice goes no further than ``BELIEVABLE`` from the walk's mean between the
-        others, another no further than ``LARGEST``, or else to that mean.
+        a distrusted slice takes a step of its own, but goes no further than ``BELIEVABLE`` from
+        the walk's mean between the others; one that shows little goes no further than
+        ``LARGEST``; else to that mean.
         """
         if self.path is None:
             return
         prior = self.path.precision(gauge=False)
         pull = prior @ self.path.motion.ravel()
-        for k in slices:
+        distrusted = self.trust < DISTRUSTED
+        for k in np.flatnonzero(distrusted | shows_little(self.model)):
             at = slice(6 * int(k), 6 * int(k) + 6)
             own = prior[at, at]
-            if self.distrusted[k]:
+            if distrusted[k]:
                 theta[at] = self._alone(int(k), residual, own, pull[at])
             home = -np.linalg.solve(own, pull[at])
             away = theta[at] - home
             unlikely = away @ own @ away > self.path.noise * MISFIT * BELIEVABLE**2
-            if unlikely if self.distrusted[k] else float(sizes(away[None])[0]) > LARGEST:
+            if unlikely if distrusted[k] else float(sizes(away[None])[0]) > LARGEST:
                 theta[at] = home
 
     def _alone(
