@@ -4,10 +4,11 @@
 The constants are all here.  Processor seconds of ``srr`` and of normalisation, and memory, were
 measured by ``benchmarks/scaling.py`` (heads of 64 to 240 voxels) and on a 1.5 mm head of three
 stacks of 4 mm, with both processors of an x86_64 without a GPU busy; ``irem`` and the standard
-deviation on a 1 mm and a 1.5 mm head; ``irem2021``, N4 and the report with
-``benchmarks/simulated_head.py``.  Another machine is faster or slower, so that an estimate of
-seconds is good within a factor of about two.  Training on a GPU was not measured: its seconds
-are those of the CPU, which they do not exceed.
+deviation on a 1 mm and a 1.5 mm head; N4 and the report with ``benchmarks/simulated_head.py``;
+``irem2021`` on crops of 50 and 60 mm by ``benchmarks/lesions.py`` and ``paper/figure_4.py`` (100
+and about 50 s per epoch and million acquired voxels).  Another machine is faster or slower, so that
+an estimate of seconds is good within a factor of about two.  Training on a GPU was not measured:
+its seconds are those of the CPU, which they do not exceed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NORMALISE = (3.0, 2.5)
 REPORT = (15.0, 1.0)
 METHODS = {"irem": (60.0, 6.0), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
 UNCERTAINTY = (4.0, 1.2)  # of irem and srr, each
-IREM2021_EPOCH = 600.0  # s per epoch and million acquired voxels
+IREM2021_EPOCH = 100.0  # s per epoch and million acquired voxels
 N4 = 5.0  # s per million acquired voxels
 STACKS = 3  # of the measurements
 

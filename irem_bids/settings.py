@@ -265,7 +265,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Run:
-    """How the run is carried out; nothing here changes an image, the first two excepted."""
+    """How the run is carried out; beyond rounding, only the first two change an image."""
 
     random_seed: int = option(2021, "seed of everything random", flags=("--seed",), low=0)
     deterministic: bool = option(
@@ -301,8 +301,8 @@ class Run:
     )
     work_dir: str | None = option(
         None,
-        "folder for intermediate results; default: a folder 'irem-bids-work' beside the "
-        "output folder",
+        "folder for intermediate results; default: 'irem-bids-work' beside the output folder, or "
+        "in the current one where that would lie inside the dataset",
         flags=("-w",),
         metavar="DIR",
         nohash=True,

@@ -187,7 +187,14 @@ class _Fit:
             gradient = jacobian.T @ residual
             accepted = False
             for _attempt in range(8):
-                step = -np.linalg.solve(normal + damping * np.diag(np.diag(normal)), gradient)[:6]
+                damped = normal + damping * np.diag(np.diag(normal))
+                try:
+                    step = -np.linalg.solve(damped, gradient)[:6]
+                except np.linalg.LinAlgError:
+                    raise MetricError(
+                        "the images have no structure in the mask that could tell of a motion; "
+                        "give images, or a mask, with contrast"
+                    ) from None
                 moved_new, values_new, seen_new = self._values(vector + step)
                 new = self._intensity(values_new, seen_new)
                 if new[2] <= error:

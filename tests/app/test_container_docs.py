@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Start of a command, the file that runs it, and how it stands there; or what the list of
@@ -67,3 +70,22 @@ def test_no_workflow_names_a_registry() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# SPDX-License-Identifier: Apache-2.0")
         assert not re.search(r"https?://|\b(ghcr|quay|docker|pypi)\.(io|org|com)\b", text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{data}"], 64, "usage: submit BIDS_DIR OUTPUT_DIR"),
+        (["{data}", "{out}"], 65, "no participant (sub-*)"),
+    ],
+)
+def test_submit_says_what_it_lacks(tmp_path, arguments, code, words) -> None:
+    """Without participants: a table that names none."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "participants.tsv").write_text("participant_id\nn/a\n")
+    given = [a.format(data=data, out=tmp_path / "out") for a in arguments]
+    submit = ["bash", str(ROOT / "docs" / "hpc" / "submit"), *given]
+    done = subprocess.run(submit, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert words in done.stderr

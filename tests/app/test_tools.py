@@ -162,6 +162,7 @@ def test_mistakes_with_simulate(arguments, code, message, truth_file, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["{even}", "{even}"], ExitCode.BAD_DATA, "no structure in the mask"),
         (["{truth}"], ExitCode.USAGE, "give a truth"),
         (["{truth}", "{truth}", "--derivatives", "{tmp}"], ExitCode.USAGE, "needs --dataset"),
         (["{truth}", "{tmp}/x.nii"], ExitCode.NO_INPUT, "no such file"),
@@ -231,7 +232,10 @@ def check_mistake(program, arguments, code, message, places):
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"")
     flat = write_image(tmp_path / "flat.nii.gz", np.ones((40, 44, 36)), head()[1])
-    names = {"truth": truth_file, "tmp": tmp_path, "bad": bad, "flat": flat}
+    away = np.indices((40, 44, 36)) - np.array([20, 22, 18]).reshape(3, 1, 1, 1)
+    ball = 100.0 * (np.linalg.norm(away, axis=0) < 12)
+    even = write_image(tmp_path / "even.nii.gz", ball, head()[1])
+    names = {"truth": truth_file, "tmp": tmp_path, "bad": bad, "flat": flat, "even": even}
     assert program([a.format(**names) for a in arguments]) == code
     said = capsys.readouterr().err
     assert message in said
