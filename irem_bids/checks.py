@@ -106,7 +106,7 @@ def check_resources(run: Run) -> None:
     """Refuse a memory size that is none or in another unit (64), a GPU that is not there (75)."""
     if run.mem is not None:
         asked, there = parse_memory(run.mem), available_memory_gb()
-        if asked > TOO_MUCH * there and run.use_plugin is None:
+        if asked > TOO_MUCH * there and run.use_plugin is None:  # a plugin's nodes may have more
             hint = f"; did you mean {run.mem.strip()}M?" if run.mem.strip().isdigit() else ""
             raise UserError(
                 f"--mem is {run.mem}, that is {asked:g} GB (a bare number is GB), and this process "
