@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 
 from .exitcodes import ExitCode, UserError
-from .resources import available_memory_gb, choose_devices, parse_memory
+from .resources import asked_memory_gb, choose_devices
 from .settings import Run
 
 WORK_FOLDER = "irem-bids-work"
-TOO_MUCH = 10.0  # times the memory that there is: --mem was meant in another unit
 
 
 def check_dataset(bids_dir: Path, *, strict: bool = True) -> None:
@@ -104,15 +103,7 @@ def choose_work_dir(bids_dir: Path, output_dir: Path, given: str | None) -> Path
 
 def check_resources(run: Run) -> None:
     """Refuse a memory size that is none or in another unit (64), a GPU that is not there (75)."""
-    if run.mem is not None:
-        asked, there = parse_memory(run.mem), available_memory_gb()
-        if asked > TOO_MUCH * there and run.use_plugin is None:  # a plugin's nodes may have more
-            hint = f"; did you mean {run.mem.strip()}M?" if run.mem.strip().isdigit() else ""
-            raise UserError(
-                f"--mem is {run.mem}, that is {asked:g} GB (a bare number is GB), and this process "
-                f"may use {there:.1f} GB{hint}",
-                ExitCode.USAGE,
-            )
+    asked_memory_gb(run)
     if run.device == "auto" and not run.gpus:
         return
     try:

@@ -23,6 +23,7 @@ from pathlib import Path
 from .exitcodes import ExitCode, UserError
 from .settings import Run
 
+TOO_MUCH = 10.0  # times the memory that there is: --mem was meant in another unit
 GIGABYTE = 1e9
 MOST_THREADS = 8
 LOCK_POLL = 0.5  # s
@@ -141,6 +142,28 @@ def parse_memory(text: str) -> float:
     return float(match[1]) * factor / GIGABYTE
 
 
+def asked_memory_gb(run: Run) -> float:
+    """Memory in all, 10^9 bytes: what is asked for, else most of what there is.
+
+    Raises
+    ------
+    UserError
+        No size, or ``TOO_MUCH`` times what there is: it was meant in another unit.
+    """
+    there = available_memory_gb()
+    if run.mem is None:
+        return 0.9 * there
+    asked = parse_memory(run.mem)
+    if asked > TOO_MUCH * there and run.use_plugin is None:  # a plugin's nodes may have more
+        hint = f"; did you mean {run.mem.strip()}M?" if run.mem.strip().isdigit() else ""
+        raise UserError(
+            f"--mem is {run.mem}, that is {asked:g} GB (a bare number is GB), and this process "
+            f"may use {there:.1f} GB{hint}",
+            ExitCode.USAGE,
+        )
+    return asked
+
+
 def visible_gpus() -> str | None:
     """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES: indices, UUIDs, MIG.
 
@@ -223,7 +246,7 @@ def resolve(run: Run) -> Resources:
     Each training on a GPU keeps one processor; the steps beside it share the others.
     """
     nprocs = run.nprocs or available_cpus()
-    memory = parse_memory(run.mem) if run.mem else 0.9 * available_memory_gb()
+    memory = asked_memory_gb(run)
     devices = choose_devices(run.device, most=run.gpus)
     names: tuple[str, ...] = ()
     free = nprocs

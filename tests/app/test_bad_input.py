@@ -325,9 +325,11 @@ def test_a_memory_size_that_is_none(tiny_dataset, tmp_path):
 
 def test_a_memory_size_in_megabytes(tiny_dataset, tmp_path):
     """A bare number is GB, and not MB as for fMRIPrep."""
-    message = refused(64, tiny_dataset, tmp_path / "out", "participant", "--mem", "160000")
-    assert "--mem is 160000, that is 160000 GB" in message
-    assert "did you mean 160000M?" in message
+    for more in ([], ["--dry-run"]):
+        given = ("participant", "--mem", "160000", *more)
+        message = refused(64, tiny_dataset, tmp_path / "out", *given)
+        assert "--mem is 160000, that is 160000 GB" in message
+        assert "did you mean 160000M?" in message
 
 
 @pytest.mark.parametrize(
