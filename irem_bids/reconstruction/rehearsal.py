@@ -22,10 +22,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from .acquisition import Receiver, StackModel
-from .consistency import unseen
+from .consistency import trust, unseen
 from .geometry import Grid, mean_index
 from .linear import Prior, System, restored, solve
-from .solution import Job, Linear, State, build_system, carry
+from .solution import Job, Linear, State, build_system, carry, excess_noise
 from .stack import Stack
 
 EDGE = 72  # voxels of the block
@@ -76,7 +76,8 @@ def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None
     solution = _solved(part, system, prior)
     truth = torch.from_numpy(np.ascontiguousarray(turned.image[::2, ::2, ::2])).to(job.device)
     counts = torch.from_numpy(mask).to(job.device)
-    return Example(solution, truth - solution, counts, partial(unseen, system))
+    share = trust(excess_noise(job.prepared))
+    return Example(solution, truth - solution, counts, partial(unseen, system, share=share))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from .stack import Stack
 
 Progress = Callable[[float, str], None]
 STRENGTH = 0.08  # weight of total variation over the noise, both in scaled intensity
+NOISY = 0.024  # noise above which it is not mostly texture, scaled intensity
+FASTER = 0.7  # power of the excess in which the weight rises beside the noise itself
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
@@ -245,18 +247,32 @@ class Prediction:
         return [m.values - g * m.forward(volume) for m, g in pairs]
 
 
-def penalty_strength(prepared: Prepared, settings: Settings, voxel: float) -> Prior:
-    """On voxels of ``voxel`` mm: the setting, or in proportion to the stacks' mean noise.
+def mean_noise(prepared: Prepared) -> float:
+    """Mean standard deviation of the stacks' noise, scaled intensity, texture included."""
+    return float(np.mean(list(prepared.metrics["noise"].values())))
 
-    That was chosen on voxels of the size that the stacks have in plane; on others it is the
-    same penalty per volume.
+
+def excess_noise(prepared: Prepared) -> float:
+    """The stacks' mean noise over what texture alone is measured as; at least 1.
+
+    Up to 1 what is measured as noise is mostly texture, and says little of the noise.
+    """
+    return max(mean_noise(prepared) / NOISY, 1.0)
+
+
+def penalty_strength(prepared: Prepared, settings: Settings, voxel: float) -> Prior:
+    """On voxels of ``voxel`` mm: the setting, or by the stacks' mean noise.
+
+    In proportion to it, and to a power of its excess (:func:`excess_noise`).  That was
+    chosen on voxels of the size that the stacks have in plane; on others it is the same penalty
+    per volume.
     """
     weight, width = settings.srr.srr_lambda, settings.srr.srr_huber
     if weight is not None:
         return Prior(weight, width)
-    noise = float(np.mean(list(prepared.metrics["noise"].values())))
     acquired = min(min(stack.in_plane) for stack in prepared.stacks)
-    return Prior(STRENGTH * max(noise, 1e-3), width).on_grid(voxel / acquired)
+    strength = STRENGTH * max(mean_noise(prepared), 1e-3) * excess_noise(prepared) ** FASTER
+    return Prior(strength, width).on_grid(voxel / acquired)
 
 
 def solve_linear(

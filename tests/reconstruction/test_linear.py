@@ -16,7 +16,7 @@ from irem_bids.reconstruction.linear import FIRM, Prior, System, restored, solve
 from irem_bids.reconstruction.prepare import prepare
 from irem_bids.reconstruction.protocol import Protocol
 from irem_bids.reconstruction.simulate import simulate
-from irem_bids.reconstruction.solution import penalty_strength
+from irem_bids.reconstruction.solution import FASTER, NOISY, STRENGTH, penalty_strength
 from irem_bids.reconstruction.stack import Stack
 from irem_bids.settings import Acquisition, Settings
 from tests.phantom import head
@@ -124,3 +124,19 @@ def test_the_automatic_penalty_is_the_same_per_volume_on_any_grid() -> None:
     assert total(0.5) == pytest.approx(total(1.0), rel=0.02)
     given = settings.updated({"srr": {"srr_lambda": 0.01, "srr_huber": 0.02}})
     assert penalty_strength(prepared, given, 1.0) == Prior(0.01, 0.02)
+
+
+def test_noise_that_is_not_texture_is_met_by_more_than_its_share() -> None:
+    """Four times the noise: the measured one, with texture, rises less, the penalty more."""
+    settings = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+
+    def at(snr: float) -> tuple[float, float]:
+        stacks = simulate(*head((40, 44, 36), 2.0), Protocol(thickness=6.0, snr=snr, seed=3))
+        prepared = prepare([s.stack for s in stacks], settings)
+        noise = float(np.mean(list(prepared.metrics["noise"].values())))
+        return noise, penalty_strength(prepared, settings, 2.0).weight
+
+    (little, small), (much, large) = at(40.0), at(10.0)
+    assert little < NOISY < much < 4.1 * little
+    assert small == pytest.approx(STRENGTH * little)
+    assert large == pytest.approx(STRENGTH * much * (much / NOISY) ** FASTER)
