@@ -94,7 +94,8 @@ class Search:
             for k in np.flatnonzero(lost)
         ]
         self.factor = receiver.factors(self.model.voxels).to(self.model.device)
-        self.weight = system.confidence[s] * self.model.counts
+        # a row stands for those up to the next, so that the walk's prior keeps its share
+        self.weight = every * system.confidence[s] * self.model.counts
         self.best = path.motions(whole.poses, self.pivot)[lost]
         self.least = np.full(len(self.best), np.inf)
 

@@ -138,7 +138,7 @@ def _normalise(settings: Settings, metrics: Mapping[str, Any], versions: Mapping
 def _srr(settings: Settings) -> str:
     chosen = settings.srr
     weight = (
-        "weight in proportion to the noise of the stacks"
+        "weight chosen by the noise of the stacks"
         if chosen.srr_lambda is None
         else f"weight {chosen.srr_lambda:g}"
     )
