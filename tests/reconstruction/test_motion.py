@@ -193,6 +193,23 @@ def test_part_of_a_model_predicts_its_slices(prepared: Prepared, moving: Fit) ->
                    for k, (a, b) in enumerate(pairwise(some.starts)))  # fmt: skip
 
 
+def test_some_rows_weigh_as_much_against_the_prior_as_all(prepared: Prepared, moving: Fit) -> None:
+    """A slice that is 1.5 mm off: what its images cost, by every 5th row and by all."""
+    r = prepared.reference
+    system, paths = found_system(prepared, moving)
+    model, volume = system.models[r], torch.from_numpy(moving.image())
+    lost = np.zeros(model.slices, bool)
+    lost[int(np.argmax(np.diff(model.starts)))] = True
+    least = []
+    for every in (1, 5):
+        search = Search(system, r, volume, paths[r], lost, every)
+        search.descend(search.mean + np.array([0, 0, 0, 1.5, 0, 0]), 0)
+        least.append(float(search.least[0]))
+    images = float(system.confidence[r] * (model.values[lost[model.slice_of_row]] ** 2).sum()) / 2
+    assert 0.005 * images < least[0] < images
+    assert least[1] == pytest.approx(least[0], rel=0.1)
+
+
 @pytest.mark.parametrize("slipped", [True, False])
 def test_a_piece_that_broke_off_is_put_back(prepared: Prepared, moving: Fit, slipped: bool) -> None:
     """Three slices in time that slipped by 5 degrees and 3 mm together; none that did not."""
