@@ -9,7 +9,8 @@ is reconciled with the data,
 which leaves of the guess's error e, wave by wave, mu / (mu + sum_s d_s |H_s(k)|^2) e: all of it
 where every slice profile has the transfer H_s(k) = 0, next to nothing where one passes the wave
 (d_s: weight of stack s per voxel of the volume).  The network is trained on just that share.
-The stacks' word is worth less the more noise they have: mu is in proportion to its variance.
+The stacks' word is worth less the more noise they have: above what texture is measured as, mu
+is in proportion to its variance.
 Null-space networks (Schwab, Antholzer and Haltmeier 2019, Inverse Problems 35:025008) are the
 limit mu -> 0.
 """

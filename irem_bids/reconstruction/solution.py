@@ -31,7 +31,10 @@ from .stack import Stack
 Progress = Callable[[float, str], None]
 STRENGTH = 0.08  # weight of total variation over the noise, both in scaled intensity
 NOISY = 0.024  # noise above which it is not mostly texture, scaled intensity
-FASTER = 0.7  # power of the excess in which the weight rises beside the noise itself
+BARE, TEXTURE = (
+    0.155,
+    0.0205,
+)  # weight over the noise alone, and what is texture of what is measured
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
@@ -263,16 +266,17 @@ def excess_noise(prepared: Prepared) -> float:
 def penalty_strength(prepared: Prepared, settings: Settings, voxel: float) -> Prior:
     """On voxels of ``voxel`` mm: the setting, or by the stacks' mean noise.
 
-    In proportion to it, and to a power of its excess (:func:`excess_noise`).  That was
-    chosen on voxels of the size that the stacks have in plane; on others it is the same penalty
-    per volume.
+    In proportion to it, or, where that is more, to what it is without texture.  That was chosen
+    on voxels of the size that the stacks have in plane; on others it is the same penalty per
+    volume.
     """
     weight, width = settings.srr.srr_lambda, settings.srr.srr_huber
     if weight is not None:
         return Prior(weight, width)
     acquired = min(min(stack.in_plane) for stack in prepared.stacks)
-    strength = STRENGTH * max(mean_noise(prepared), 1e-3) * excess_noise(prepared) ** FASTER
-    return Prior(strength, width).on_grid(voxel / acquired)
+    noise = max(mean_noise(prepared), 1e-3)
+    bare = float(np.sqrt(max(noise**2 - TEXTURE**2, 0.0)))
+    return Prior(max(STRENGTH * noise, BARE * bare), width).on_grid(voxel / acquired)
 
 
 def solve_linear(

@@ -16,7 +16,7 @@ from irem_bids.reconstruction.linear import FIRM, Prior, System, restored, solve
 from irem_bids.reconstruction.prepare import prepare
 from irem_bids.reconstruction.protocol import Protocol
 from irem_bids.reconstruction.simulate import simulate
-from irem_bids.reconstruction.solution import FASTER, NOISY, STRENGTH, penalty_strength
+from irem_bids.reconstruction.solution import BARE, NOISY, STRENGTH, TEXTURE, penalty_strength
 from irem_bids.reconstruction.stack import Stack
 from irem_bids.settings import Acquisition, Settings
 from tests.phantom import head
@@ -139,4 +139,5 @@ def test_noise_that_is_not_texture_is_met_by_more_than_its_share() -> None:
     (little, small), (much, large) = at(40.0), at(10.0)
     assert little < NOISY < much < 4.1 * little
     assert small == pytest.approx(STRENGTH * little)
-    assert large == pytest.approx(STRENGTH * much * (much / NOISY) ** FASTER)
+    assert large == pytest.approx(BARE * np.sqrt(much**2 - TEXTURE**2))
+    assert large > 1.2 * STRENGTH * much
