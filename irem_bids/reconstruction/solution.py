@@ -31,10 +31,8 @@ from .stack import Stack
 Progress = Callable[[float, str], None]
 STRENGTH = 0.08  # weight of total variation over the noise, both in scaled intensity
 NOISY = 0.024  # noise above which it is not mostly texture, scaled intensity
-BARE, TEXTURE = (
-    0.155,
-    0.0205,
-)  # weight over the noise alone, and what is texture of what is measured
+BARE = 0.155  # the same over the noise without texture, where that gives more
+TEXTURE = 0.0205  # of what is measured as noise, scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
 DECIDE = 2.0  # level at which the kind of motion is chosen
