@@ -53,7 +53,7 @@ def _without_bregman() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_reconciling() -> Iterator[None]:
-    with mock.patch.object(optimise, "reconciled", lambda system, guess, share: guess):
+    with mock.patch.object(optimise, "reconciled", lambda system, guess: guess):
         yield
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     job = solution.Job(prepared, grid, settings, "cpu", None, None)
     linear = solution.solve_linear(job, refined=False, progress=lambda *_: None)
     system = solution.build_system(job, grid, linear.state)
-    prior = solution.penalty_strength(prepared, settings, float(grid.voxel_size[0]))
+    prior = solution.penalty_strength(prepared, settings, float(grid.voxel_size[0]), denoised=False)
     cost = {
         "linear": linear_cost(system, prior, linear.volume),
         "plain_volume": plain_volume_cost(system, linear.volume),

@@ -106,7 +106,7 @@ def rate(truth: Truth, settings: Settings, device: str, steps: int) -> dict[str,
     grid = output_grid(prepared, settings.output)
     job = solution.Job(prepared, grid, settings, device, None, None)
     system = solution.build_system(job, grid, solution.State.registered(prepared))
-    prior = solution.penalty_strength(prepared, settings, float(grid.voxel_size[0]))
+    prior = solution.penalty_strength(prepared, settings, float(grid.voxel_size[0]), denoised=False)
     start = torch.zeros(grid.shape, device=device)
     linear.solve(system, start, prior, iterations=1, reweightings=1)
     _, seconds = timed(

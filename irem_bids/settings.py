@@ -166,8 +166,8 @@ class Srr:
     srr_lambda: float | None = option(
         None,
         "weight of total variation against the squared residual, both in scaled intensity; "
-        "default: 0.08 times the noise of the stacks, up to twice that where the noise is above "
-        "0.024, on voxels as large as theirs in plane",
+        "default: 0.08 times the noise of the stacks (for srr up to twice that where the noise is "
+        "above 0.024), on voxels as large as theirs in plane",
         low=0.0,
     )
     srr_huber: float = option(

@@ -9,8 +9,6 @@ is reconciled with the data,
 which leaves of the guess's error e, wave by wave, mu / (mu + sum_s d_s |H_s(k)|^2) e: all of it
 where every slice profile has the transfer H_s(k) = 0, next to nothing where one passes the wave
 (d_s: weight of stack s per voxel of the volume).  The network is trained on just that share.
-The stacks' word is worth less the more noise they have: above what texture is measured as, mu
-is in proportion to its variance.
 Null-space networks (Schwab, Antholzer and Haltmeier 2019, Inverse Problems 35:025008) are the
 limit mu -> 0.
 """
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from .linear import System
 
-GUESS = 0.13  # mu over the stacks' weight per voxel, with no excess of noise; chosen on three crops
+GUESS = 0.13  # mu over the stacks' weight per voxel; chosen on three development crops
 ITERATIONS = 3  # of conjugate gradients from the guess; 8 change the PSNR by 0.003 dB
 
 
@@ -37,18 +35,9 @@ def density(system: System) -> list[float]:
     return each
 
 
-def trust(excess: float) -> float:
-    """mu over the stacks' weight per voxel, with that excess of noise
-    (:func:`.solution.excess_noise`)."""
-    return GUESS * excess**2
-
-
-def reconciled(system: System, guess: Tensor, share: float = GUESS) -> Tensor:
-    """The volume (X, Y, Z) nearest to both the stacks and the guess (X, Y, Z).
-
-    ``share``: :func:`trust` in the guess.
-    """
-    strength = share * sum(density(system))
+def reconciled(system: System, guess: Tensor) -> Tensor:
+    """The volume (X, Y, Z) nearest to both the stacks and the guess (X, Y, Z)."""
+    strength = GUESS * sum(density(system))
     rows = list(zip(system.models, system.factors(), system.weights(), strict=True))
 
     def adjoint(each: list[Tensor]) -> Tensor:
@@ -73,7 +62,7 @@ def reconciled(system: System, guess: Tensor, share: float = GUESS) -> Tensor:
     return volume
 
 
-def unseen(system: System, shape: tuple[int, int, int], share: float = GUESS) -> Tensor:
+def unseen(system: System, shape: tuple[int, int, int]) -> Tensor:
     """What :func:`reconciled` leaves of a guess's error, by wave: on the frequencies of
     ``torch.fft.rfftn`` of a block of ``shape``; the middle slice of a stack stands for all."""
     sides = [torch.fft.fftfreq(n) for n in shape[:2]] + [torch.fft.rfftfreq(shape[2])]
@@ -86,5 +75,5 @@ def unseen(system: System, shape: tuple[int, int, int], share: float = GUESS) ->
         weights = torch.from_numpy(model.rows.weights)
         transfer = (torch.cos(phase) @ weights) ** 2 + (torch.sin(phase) @ weights) ** 2
         passed += amount * transfer
-    strength = share * sum(each)
+    strength = GUESS * sum(each)
     return (strength / (strength + passed)).to(system.domain.device)

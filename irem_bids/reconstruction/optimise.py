@@ -20,7 +20,7 @@ from ..settings import Settings
 from .acquisition import Receiver, predict
 from .baselines import bspline, without
 from .checkpoint import load_state, save_state
-from .consistency import reconciled, trust
+from .consistency import reconciled
 from .fields import Field, GridField, ResidualField, load_model, save_model
 from .geometry import Grid, RigidTransform, mean_pose
 from .linear import System, restored
@@ -30,16 +30,7 @@ from .registration import ncc
 from .rehearsal import rehearse
 from .repeatable import repeatable, small_matrices
 from .sample import evaluate, sample
-from .solution import (
-    Job,
-    Linear,
-    Prediction,
-    Progress,
-    State,
-    build_system,
-    excess_noise,
-    solve_linear,
-)
+from .solution import Job, Linear, Prediction, Progress, State, build_system, solve_linear
 from .stack import Stack
 from .training import Training
 
@@ -252,12 +243,11 @@ def _fit_irem(job: Job) -> Fit:
     if not np.isfinite(noise).all():
         raise FloatingPointError("the stacks hold numbers that are not finite")
     example = rehearse(job, linear, noise) if options.steps else None
-    share = trust(excess_noise(job.prepared))
     training = Training(
         field,
         example,
         _held_out(job, linear),
-        lambda guess: reconciled(system, guess, share),
+        lambda guess: reconciled(system, guess),
         job.settings,
         job.device,
     )

@@ -22,10 +22,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from .acquisition import Receiver, StackModel
-from .consistency import trust, unseen
+from .consistency import unseen
 from .geometry import Grid, mean_index
 from .linear import Prior, System, restored, solve
-from .solution import Job, Linear, State, build_system, carry, excess_noise
+from .solution import Job, Linear, State, build_system, carry
 from .stack import Stack
 
 EDGE = 72  # voxels of the block
@@ -76,8 +76,7 @@ def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None
     solution = _solved(part, system, prior)
     truth = torch.from_numpy(np.ascontiguousarray(turned.image[::2, ::2, ::2])).to(job.device)
     counts = torch.from_numpy(mask).to(job.device)
-    share = trust(excess_noise(job.prepared))
-    return Example(solution, truth - solution, counts, partial(unseen, system, share=share))
+    return Example(solution, truth - solution, counts, partial(unseen, system))
 
 
 @dataclass(frozen=True)

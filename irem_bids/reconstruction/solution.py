@@ -21,7 +21,7 @@ from ..settings import Settings
 from . import trajectory
 from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
-from .linear import Prior, System, slice_sums, solve
+from .linear import Prior, System, restored, slice_sums, solve
 from .prepare import Prepared
 from .refine import Freedom, refine, share_shading, shows_little
 from .robust import slice_weights
@@ -30,7 +30,6 @@ from .stack import Stack
 
 Progress = Callable[[float, str], None]
 STRENGTH = 0.08  # weight of total variation over the noise, both in scaled intensity
-NOISY = 0.024  # noise above which it is not mostly texture, scaled intensity
 BARE = 0.155  # the same over the noise without texture, where that gives more
 TEXTURE = 0.0205  # of what is measured as noise, scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
@@ -248,33 +247,25 @@ class Prediction:
         return [m.values - g * m.forward(volume) for m, g in pairs]
 
 
-def mean_noise(prepared: Prepared) -> float:
-    """Mean standard deviation of the stacks' noise, scaled intensity, texture included."""
-    return float(np.mean(list(prepared.metrics["noise"].values())))
-
-
-def excess_noise(prepared: Prepared) -> float:
-    """The stacks' mean noise over what texture alone is measured as; at least 1.
-
-    Up to 1 what is measured as noise is mostly texture, and says little of the noise.
-    """
-    return max(mean_noise(prepared) / NOISY, 1.0)
-
-
-def penalty_strength(prepared: Prepared, settings: Settings, voxel: float) -> Prior:
+def penalty_strength(
+    prepared: Prepared, settings: Settings, voxel: float, *, denoised: bool
+) -> Prior:
     """On voxels of ``voxel`` mm: the setting, or by the stacks' mean noise.
 
-    In proportion to it, or, where that is more, to what it is without texture.  That was chosen
+    In proportion to it, or, where that is more, to what it is without texture; the latter not
+    for an image that is ``denoised`` by a network afterwards, which wants less.  That was chosen
     on voxels of the size that the stacks have in plane; on others it is the same penalty per
     volume.
     """
     weight, width = settings.srr.srr_lambda, settings.srr.srr_huber
     if weight is not None:
         return Prior(weight, width)
+    noise = max(float(np.mean(list(prepared.metrics["noise"].values()))), 1e-3)
     acquired = min(min(stack.in_plane) for stack in prepared.stacks)
-    noise = max(mean_noise(prepared), 1e-3)
-    bare = float(np.sqrt(max(noise**2 - TEXTURE**2, 0.0)))
-    return Prior(max(STRENGTH * noise, BARE * bare), width).on_grid(voxel / acquired)
+    strength = STRENGTH * noise
+    if not denoised:
+        strength = max(strength, BARE * float(np.sqrt(max(noise**2 - TEXTURE**2, 0.0))))
+    return Prior(strength, width).on_grid(voxel / acquired)
 
 
 def solve_linear(
@@ -288,7 +279,7 @@ def solve_linear(
     """Coarse to fine; with ``refined``, the acquisition along with the image.
 
     ``state``: the acquisition at first; that of registration if not given.  ``image``: what
-    makes the image in the end, :func:`.linear.solve` or :func:`.linear.restored`.
+    makes the image in the end, :func:`.linear.solve` or, for the network, :func:`.linear.restored`.
     """
     start = state or State.registered(job.prepared)
     return _Solver(job, refined, progress, start, image).run()
@@ -306,7 +297,8 @@ class _Solver:
         image: Callable[..., Tensor],
     ) -> None:
         self.job, self.refined, self.progress, self.image = job, refined, progress, image
-        self.prior = penalty_strength(job.prepared, job.settings, float(job.grid.voxel_size[0]))
+        voxel, denoised = float(job.grid.voxel_size[0]), image is restored
+        self.prior = penalty_strength(job.prepared, job.settings, voxel, denoised=denoised)
         self.state = state
         self.volume: Tensor | None = None
         self.grid = job.grid

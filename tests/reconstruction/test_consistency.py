@@ -12,7 +12,7 @@ import torch
 from scipy.ndimage import binary_opening
 
 from irem_bids.reconstruction import consistency
-from irem_bids.reconstruction.consistency import GUESS, density, reconciled, trust, unseen
+from irem_bids.reconstruction.consistency import GUESS, density, reconciled, unseen
 from irem_bids.reconstruction.fields import ResidualField
 from irem_bids.reconstruction.geometry import Grid
 from irem_bids.reconstruction.linear import System
@@ -49,26 +49,21 @@ def test_reconciled_against_dense_algebra(monkeypatch: pytest.MonkeyPatch) -> No
     matrix = torch.stack(columns, 1).double().numpy()
     weights = torch.cat(system.weights()).double().numpy()
     values = torch.cat([m.values for m in system.models]).double().numpy()
-    share = 3 * GUESS
-    strength = share * sum(density(system))
+    strength = GUESS * sum(density(system))
     start = guess.flatten()[inside].double().numpy()
     normal = matrix.T @ (weights[:, None] * matrix) + strength * np.eye(len(start))
     expected = np.linalg.solve(normal, matrix.T @ (weights * values) + strength * start)
-    found = reconciled(system, guess, share).flatten()
+    found = reconciled(system, guess).flatten()
     assert np.allclose(found[inside].numpy(), expected, atol=2e-4)
     assert not found[~inside].any()
 
 
-@pytest.mark.parametrize("excess", [1.0, 2.0])
-def test_what_is_left_of_an_error_is_what_unseen_says(
-    monkeypatch: pytest.MonkeyPatch, excess: float
-) -> None:
+def test_what_is_left_of_an_error_is_what_unseen_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waves that all stacks suppress stay, waves that one passes go, in the middle of a volume."""
-    trusted = trust(excess)
     _, system = made((36, 36, 36), 2.0, 8.0)
     monkeypatch.setattr(consistency, "ITERATIONS", 60)
     shape = system.grid.shape
-    share = unseen(system, shape, trusted)
+    share = unseen(system, shape)
     assert share.shape == (*shape[:2], shape[2] // 2 + 1)
     truth = torch.zeros(shape)
     for model in system.models:  # data of an empty head
@@ -78,7 +73,7 @@ def test_what_is_left_of_an_error_is_what_unseen_says(
     for turns in ((4, 0, 0), (0, 0, 6), (8, 8, 8), (9, 9, 0), (6, 7, 8)):
         phase = sum(2 * np.pi * t / n * i for t, n, i in zip(turns, shape, index, strict=True))
         wave = torch.from_numpy(np.cos(phase).astype(np.float32)) * system.domain
-        left = reconciled(system, wave, trusted)[middle]
+        left = reconciled(system, wave)[middle]
         ratio = float((left * wave[middle]).sum() / (wave[middle] ** 2).sum())
         assert ratio == pytest.approx(float(share[turns]), abs=0.12), turns
 

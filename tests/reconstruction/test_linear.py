@@ -16,7 +16,7 @@ from irem_bids.reconstruction.linear import FIRM, Prior, System, restored, solve
 from irem_bids.reconstruction.prepare import prepare
 from irem_bids.reconstruction.protocol import Protocol
 from irem_bids.reconstruction.simulate import simulate
-from irem_bids.reconstruction.solution import BARE, NOISY, STRENGTH, TEXTURE, penalty_strength
+from irem_bids.reconstruction.solution import BARE, STRENGTH, TEXTURE, penalty_strength
 from irem_bids.reconstruction.stack import Stack
 from irem_bids.settings import Acquisition, Settings
 from tests.phantom import head
@@ -114,7 +114,7 @@ def test_the_automatic_penalty_is_the_same_per_volume_on_any_grid() -> None:
     prepared = prepare([s.stack for s in stacks], settings)
 
     def total(voxel: float) -> float:
-        prior = penalty_strength(prepared, settings, 2.0 * voxel)  # 2 mm in plane
+        prior = penalty_strength(prepared, settings, 2.0 * voxel, denoised=True)  # 2 mm in plane
         at = np.arange(0, 60, voxel)
         x, y, z = np.meshgrid(at, at, at, indexing="ij", sparse=True)
         image = np.sin(x / 9) * np.cos(y / 11) + np.sin(z / 13)
@@ -123,21 +123,27 @@ def test_the_automatic_penalty_is_the_same_per_volume_on_any_grid() -> None:
 
     assert total(0.5) == pytest.approx(total(1.0), rel=0.02)
     given = settings.updated({"srr": {"srr_lambda": 0.01, "srr_huber": 0.02}})
-    assert penalty_strength(prepared, given, 1.0) == Prior(0.01, 0.02)
+    assert penalty_strength(prepared, given, 1.0, denoised=False) == Prior(0.01, 0.02)
 
 
 def test_noise_that_is_not_texture_is_met_by_more_than_its_share() -> None:
-    """Four times the noise: the measured one, with texture, rises less, the penalty more."""
+    """Four times the noise: the measured one, with texture, rises less; the penalty more, but not
+    where a network follows."""
     settings = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
 
-    def at(snr: float) -> tuple[float, float]:
+    def at(snr: float) -> tuple[float, float, float]:
         stacks = simulate(*head((40, 44, 36), 2.0), Protocol(thickness=6.0, snr=snr, seed=3))
         prepared = prepare([s.stack for s in stacks], settings)
         noise = float(np.mean(list(prepared.metrics["noise"].values())))
-        return noise, penalty_strength(prepared, settings, 2.0).weight
+        weights = [
+            penalty_strength(prepared, settings, 2.0, denoised=d).weight for d in (False, True)
+        ]
+        return noise, *weights
 
-    (little, small), (much, large) = at(40.0), at(10.0)
-    assert little < NOISY < much < 4.1 * little
-    assert small == pytest.approx(STRENGTH * little)
+    little, small, least = at(40.0)
+    much, large, less = at(10.0)
+    assert little < 0.024 < much < 4.1 * little
+    assert small == least == pytest.approx(STRENGTH * little)
     assert large == pytest.approx(BARE * np.sqrt(much**2 - TEXTURE**2))
-    assert large > 1.2 * STRENGTH * much
+    assert large > 1.2 * less
+    assert less == pytest.approx(STRENGTH * much)
