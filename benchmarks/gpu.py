@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ import numpy as np
 import torch
 from machine import machine
 from simulated_head import PROTOCOL, truth_volume
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from irem_bids import cli
-from irem_bids.reconstruction import linear, solution
+from irem_bids.reconstruction import linear, operator_cuda, operator_torch, solution
 from irem_bids.reconstruction.evaluation import evaluate
 from irem_bids.reconstruction.geometry import Grid
 from irem_bids.reconstruction.metrics import head_mask
+from irem_bids.reconstruction.operator_torch import DeviceRows
 from irem_bids.reconstruction.optimise import fit
 from irem_bids.reconstruction.paper2021 import PaperNetwork, fit_paper
 from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare
@@ -53,6 +57,7 @@ LIMITS = {
 }
 AT_LEAST = ("share_of_floor", "paper_speedup", "irem_over_paper")
 Truth = tuple[np.ndarray, Grid]
+THREADS = os.cpu_count() or 1
 
 
 def timed(device: str, work: Callable[[], Any]) -> tuple[Any, float]:
@@ -68,13 +73,13 @@ def timed(device: str, work: Callable[[], Any]) -> tuple[Any, float]:
 
 def prepared_of(truth: Truth, settings: Settings) -> Prepared:
     """Stacks of 4 mm with hidden motion, registered."""
-    stacks = [s.stack for s in simulate(*truth, PROTOCOL, threads=2)]
-    return prepare(stacks, settings, threads=2)
+    stacks = [s.stack for s in simulate(*truth, PROTOCOL, threads=THREADS)]
+    return prepare(stacks, settings, threads=THREADS)
 
 
 def score(image: np.ndarray, grid: Grid, truth: Truth) -> float:
     """PSNR in the head after a rigid and intensity gauge."""
-    return evaluate((image, grid), truth, head_mask(truth[0]), threads=2).psnr
+    return evaluate((image, grid), truth, head_mask(truth[0]), threads=THREADS).psnr
 
 
 def heads(truth: Truth, settings: Settings, device: str, compare: bool) -> dict[str, Any]:
@@ -121,6 +126,31 @@ def rate(truth: Truth, settings: Settings, device: str, steps: int) -> dict[str,
     }
 
 
+def loops(truth: Truth, settings: Settings, device: str) -> list[dict[str, float]]:
+    """Per stack: points, and ms of each of the forward model's loops, ours and plain PyTorch's."""
+    prepared = prepared_of(truth, settings)
+    grid = output_grid(prepared, settings.output)
+    job = solution.Job(prepared, grid, settings, device, None, None)
+    system = solution.build_system(job, grid, solution.State.registered(prepared))
+    volume, out = torch.rand(grid.shape, device=device), []
+    for model in system.models:
+        rows, pivot = DeviceRows(model.rows, torch.device(device)), grid.to_index(model.pivot)
+        each: dict[str, float] = {"points": len(model.values) * len(model.rows.weights)}
+        for name, module in (("ours", operator_cuda), ("plain", operator_torch)):
+            values = module.forward(volume, rows)
+            work: dict[str, Callable[[], Tensor]] = {
+                "forward": partial(module.forward, volume, rows),
+                "adjoint": partial(module.adjoint, values, rows, grid.shape),
+                "derivatives": partial(module.derivatives, volume, rows, grid.affine, pivot),
+            }
+            for loop, call in work.items():
+                call()
+                _, seconds = timed(device, lambda call=call: [call() for _ in range(5)])
+                each[f"{loop}_{name}_ms"] = 200 * seconds
+        out.append(each)
+    return out
+
+
 def straightforward(
     network: PaperNetwork, points: np.ndarray, values: np.ndarray, device: str
 ) -> None:
@@ -164,7 +194,7 @@ def whole_job(truth: Truth, device: str) -> float:
     """Seconds of the app on the simulated dataset, with its report."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        simulated = simulate(*truth, PROTOCOL, threads=2)
+        simulated = simulate(*truth, PROTOCOL, threads=THREADS)
         write_dataset(root / "dataset", simulated, truth, PROTOCOL)
         command = [str(root / "dataset"), str(root / "out"), "participant", "--no-n4"]
         command += ["--device", device, "-w", str(root / "work")]
@@ -205,6 +235,7 @@ def main() -> None:
     truth = truth_volume(options.truth, options.crop)
     found: dict[str, Any] = heads(truth, settings, options.device, compare=True)
     found |= rate(truth, settings, options.device, options.steps)
+    found["loops"] = loops(truth, settings, options.device)
     found |= paper(truth, settings, options.device, options.epochs)
     found["irem_over_paper"] = found["whole_paper_s"] / found["fit_s"]
     if options.native:

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--crop", type=float, help="use only the middle so many mm")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of irem2021")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--pictures", type=Path, help="folder for Fig. 5")
     options = parser.parse_args()
     result = record(PAPER, options.crop, options.epochs)
@@ -55,7 +56,9 @@ def main() -> None:
                 made = make(options.data / DATA_SETS[name], options.crop, k, downsampling)
                 images = {}
                 for method in options.methods:
-                    scores, images[method] = made.score(method, epochs(options.epochs))
+                    scores, images[method] = made.score(
+                        method, epochs(options.epochs), options.device
+                    )
                     row = {"set": name, "k": k, "downsampling": downsampling, "method": method}
                     result["rows"].append({**row, **scores})
                     print(result["rows"][-1], flush=True)

@@ -58,17 +58,21 @@ class Made:
     prepared: Prepared
     settings: Settings
 
-    def score(self, method: str, options: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    def score(
+        self, method: str, options: dict[str, Any], device: str = "cpu"
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """PSNR (dB) and SSIM in the head after the gauge, and the volume on the truth's grid."""
         settings = self.settings.updated(options)
         target = output_grid(self.prepared, settings.output)
-        started = time.process_time()
-        image = fit(method, self.prepared, target, settings).image()
-        seconds = time.process_time() - started
+        started, begun = time.process_time(), time.monotonic()
+        image = fit(method, self.prepared, target, settings, device=device).image()
+        spent = {"cpu_s": round(time.process_time() - started, 1)}
+        if device != "cpu":
+            spent |= {"device": device, "seconds": round(time.monotonic() - begun, 1)}
         mask = head_mask(self.volume)
         scores = evaluate((image, target), (self.volume, self.grid), mask)
         moved = gauge(image, target, self.volume, self.grid, mask).volume
-        return {"psnr": scores.psnr, "ssim": scores.ssim, "cpu_s": round(seconds, 1)}, moved
+        return {"psnr": scores.psnr, "ssim": scores.ssim, **spent}, moved
 
 
 def make(truth: Path, crop: float | None, k: int, downsampling: str) -> Made:

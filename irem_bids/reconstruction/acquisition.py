@@ -8,7 +8,7 @@ A voxel of stack *s* in slice *k* with centre p sees
 with F the image, T_sk the pose of the slice (scanner to reference space), n_s the slices'
 normal, z_q and w_q the quadrature of the slice profile and g_s the stack's receiver, a gain
 times a smooth bias.  F is trilinear on a grid; the loops stand in :mod:`.operator_cpu` and
-:mod:`.operator_torch`.
+:mod:`.operator_cuda`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..settings import Acquisition
-from . import operator_cpu, operator_torch
+from . import operator_cpu, operator_cuda
 from .geometry import Grid, RigidTransform
 from .lattice import Lattice, Taps
+from .operator_torch import DeviceRows
 from .sharpening import add_sharpened, amounts, sharpened
 from .stack import Stack
 
@@ -311,7 +312,7 @@ class StackModel:
         self._taps(stack, acquisition)
         self.poses = np.repeat(np.eye(4)[None], self.slices, axis=0)
         self.width = 1.0
-        self._rows: operator_torch.DeviceRows | None = None
+        self._rows: DeviceRows | None = None
         self._shape = stack.grid.shape
         self._lattice: Lattice | None = None
         self.set_poses(RigidTransform())
@@ -402,9 +403,9 @@ class StackModel:
         part.set_poses(self.poses)
         return part
 
-    def _on_device(self) -> operator_torch.DeviceRows:
+    def _on_device(self) -> DeviceRows:
         if self._rows is None:
-            self._rows = operator_torch.DeviceRows(self.rows, self.device)
+            self._rows = DeviceRows(self.rows, self.device)
         return self._rows
 
     def as_lattice(self) -> Lattice | None:
@@ -420,7 +421,7 @@ class StackModel:
         """(X, Y, Z) to (N,), before the receiver; ``room`` (X, Y, Z) may be written over."""
         volume = sharpened(volume, self.sharpness, room)
         if self.device.type != "cpu":
-            return operator_torch.forward(volume, self._on_device())
+            return operator_cuda.forward(volume, self._on_device())
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
         lattice = self.as_lattice()
         if lattice is not None:
@@ -447,7 +448,7 @@ class StackModel:
     def spread(self, values: Tensor, out: Tensor) -> None:
         """:meth:`add_adjoint` with positive weights only: without the sharpening."""
         if self.device.type != "cpu":
-            out[0] += operator_torch.adjoint(values, self._on_device(), self.grid.shape)
+            out[0] += operator_cuda.adjoint(values, self._on_device(), self.grid.shape)
             return
         lattice, threads = self.as_lattice(), torch.get_num_threads()
         if lattice is not None:
@@ -469,7 +470,7 @@ class StackModel:
         pivot = self.grid.to_index(self.pivot)
         volume = sharpened(volume, self.sharpness)
         if self.device.type != "cpu":
-            return operator_torch.derivatives(volume, self._on_device(), self.grid.affine, pivot)
+            return operator_cuda.derivatives(volume, self._on_device(), self.grid.affine, pivot)
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
         found = operator_cpu.derivatives(image, self.rows, self.grid.affine, pivot, threads)
         found[:, 6] /= self.width

@@ -7,7 +7,7 @@ A_s is the forward model of stack s (:mod:`.acquisition`), G_s its gain times it
 (:class:`Receiver`), W_s the weights of its rows, h the Huber-like sqrt(t^2 + delta^2).  Solved
 by iteratively reweighted least squares with preconditioned conjugate gradients (Ebner et al.
 2020 use the same terms).  Poses and receivers are refined in :mod:`.refine`; the vector work
-stands in :mod:`.solver_cpu` and :mod:`.solver_torch`.
+stands in :mod:`.solver_cpu` and :mod:`.solver_cuda`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import solver_cpu, solver_torch
+from . import solver_cpu, solver_cuda
 from .acquisition import Receiver, StackModel
 from .geometry import Grid
 
@@ -81,7 +81,7 @@ class System:
     @property
     def kernels(self) -> ModuleType:
         """The solver's vector work on the domain's device."""
-        return solver_cpu if self.domain.device.type == "cpu" else solver_torch
+        return solver_cpu if self.domain.device.type == "cpu" else solver_cuda
 
     @cached_property
     def spans(self) -> Tensor:

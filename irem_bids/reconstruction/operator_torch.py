@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward model's three loops in plain PyTorch: the GPU's path, and the CPU's oracle.
+"""The forward model's three loops in plain PyTorch: the oracle, and a GPU's path without ours.
 
-Same arguments and results as :mod:`.operator_cpu`, with tensors on any device.
+Same arguments and results as :mod:`.operator_cpu`, with tensors on any device; what a GPU takes
+is :mod:`.operator_cuda`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class DeviceRows:
     """:class:`Rows` as tensors on a device."""
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
-        self.index = torch.from_numpy(rows.index).to(device)
+        self.axis = rows.axis
+        self.index = torch.from_numpy(np.ascontiguousarray(rows.index)).to(device)
         self.slices = self.index[:, rows.axis].long()
         self.weights = torch.from_numpy(rows.weights).to(device)
         self.pieces = Pieces("forward model")
@@ -36,8 +38,8 @@ class DeviceRows:
         """Take over the maps of new poses or widths."""
         device = self.index.device
         self.maps = torch.from_numpy(rows.maps).float().to(device)
-        self.steps = torch.from_numpy(rows.steps).to(device)
-        self.through = torch.from_numpy(rows.through).to(device)
+        self.steps = torch.from_numpy(np.ascontiguousarray(rows.steps)).to(device)
+        self.through = torch.from_numpy(np.ascontiguousarray(rows.through)).to(device)
 
     def chunks(self, most: int) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their points (n, T, 3) in voxel indices, about ``most`` points at a time."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -38,12 +39,14 @@ from .checkpoint import load_state, save_state
 from .fields import Field
 from .recovery import Pieces, Retreat, finite
 
+LOGGER = logging.getLogger(__name__)
 LAYERS = 18
 SKIPS = (6, 12)  # the network's input is put beside the activation of these layers
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 CHECKPOINT = "irem2021.safetensors"
 ARCHITECTURE = ("fourier_features", "fourier_sigma", "coordinate_range", "width")
 CHUNK = 65536  # points per step of an evaluation
+BEFORE_RECORDING = 10  # steps, in which the libraries choose and set up what they need
 
 Progress = Callable[[float, str], None]
 Points = NDArray[np.floating]
@@ -286,6 +289,27 @@ def _mean_squared_error(network: PaperNetwork, points: Points, values: Points, m
     return total / len(values)
 
 
+class _Recorded:
+    """A step of a training as a CUDA graph; ``take`` takes the (``size``,) voxels' numbers.
+
+    What it reads and writes beside them stays where it is: weights, moments, rate, loss.
+    """
+
+    def __init__(self, take: Callable[[Tensor], None], size: int, device: torch.device) -> None:
+        self.picked = torch.zeros(size, dtype=torch.int64, device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+        ):  # nothing is computed yet
+            take(self.picked)
+
+    def run(self, picked: Tensor) -> None:
+        """The step on these voxels."""
+        self.picked.copy_(picked)
+        self.graph.replay()
+
+
 class _Training:
     """Network, optimiser, data and where the training stands."""
 
@@ -300,8 +324,14 @@ class _Training:
             (centre[0], centre[1], centre[2]), extent, settings, generator=random
         )
         self.network = network.to(device).train()
+        gpu, rate = device.type == "cuda", settings.learning_rate_2021
         self.optimiser = torch.optim.Adam(
-            self.network.parameters(), lr=settings.learning_rate_2021, betas=BETAS, eps=EPSILON
+            self.network.parameters(),
+            lr=torch.tensor(rate, device=device) if gpu else rate,  # so that a recorded step sees
+            betas=BETAS,  # it change
+            eps=EPSILON,
+            fused=gpu,
+            capturable=gpu,
         )
         self.points = torch.as_tensor(np.asarray(points, dtype=np.float32), device=device)
         self.values = torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
@@ -309,7 +339,7 @@ class _Training:
         self.size = min(settings.batch_size_2021, len(values))
         self.batches = len(values) // self.size
         self.random = torch.Generator(device=device).manual_seed(seed + 1)
-        self.epoch = self.batch = self.steps = 0
+        self.epoch = self.batch = self.steps = self.taken = 0
         self.history: dict[str, list[float]] = {
             "step": [],
             "loss": [],
@@ -318,26 +348,54 @@ class _Training:
         }
         self.pieces, self.retreat = Pieces("training"), Retreat()
         self.evaluation = Pieces("held-out voxels")
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.recorded: _Recorded | None = None
         self._begin_epoch()
         self.good = self.state()
 
     def _begin_epoch(self) -> None:
         self.before = self.random.get_state()  # what the order of this epoch is drawn from
         self.order = torch.randperm(len(self.values), generator=self.random, device=self.device)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss_sum.zero_()
+        rate = learning_rate(self.settings, self.epoch) * self.retreat.rate
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.settings, self.epoch) * self.retreat.rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def step(self) -> None:
-        """One batch; after the last one the next epoch begins (``batch`` is 0)."""
+        """One batch; after the last one the next epoch begins (``batch`` is 0).
+
+        On a GPU the first steps are made one by one, then one is recorded and run again and
+        again: its 200 small kernels take less time than Python to ask for them.
+        """
         picked = self.order[self.batch * self.size : (self.batch + 1) * self.size]
-        loss = self.pieces.run(len(picked), lambda most: self._gradient(picked, most))
-        self.optimiser.step()
-        self.loss_sum += loss
+        if self.recorded is not None:
+            self.recorded.run(picked)
+        else:
+            self._take(picked)
         self.steps += 1
+        self.taken += 1
+        if self.taken == BEFORE_RECORDING and self.device.type == "cuda":
+            self._record()
         self.batch += 1
         if self.batch == self.batches:
             self._close_epoch(float(self.loss_sum) / self.batches)
+
+    def _take(self, picked: Tensor) -> None:
+        loss = self.pieces.run(len(picked), lambda most: self._gradient(picked, most))
+        self.optimiser.step()
+        self.loss_sum += loss
+
+    def _record(self) -> None:
+        """Record a step, unless memory is short or bits must be the same."""
+        if self.pieces.count > 1 or torch.are_deterministic_algorithms_enabled():
+            return
+        try:
+            self.recorded = _Recorded(self._take, self.size, self.device)
+        except RuntimeError as error:
+            LOGGER.warning("a step cannot be recorded, going on one by one: %s", error)
 
     def _gradient(self, picked: Tensor, most: int) -> Tensor:
         """The gradient of a batch's loss, about ``most`` voxels at a time, and the loss.
@@ -402,10 +460,10 @@ class _Training:
         for name, value in tensors.items():
             if name.startswith("adam."):
                 _, index, key = name.split(".", 2)
-                kept = value.cpu() if key == "step" else value
-                state.setdefault(int(index), {})[key] = kept.clone()
+                state.setdefault(int(index), {})[key] = value.clone()
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.recorded, self.taken = None, 0  # it was of other tensors
         self.epoch, self.batch, self.steps = where["epoch"], where["batch"], where["steps"]
         self.history = {name: list(values) for name, values in where["history"].items()}
         self.pieces.count = max(self.pieces.count, where["pieces"])

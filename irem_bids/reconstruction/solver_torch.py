@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The solver's vector work in plain PyTorch: the GPU's path, and the CPU's oracle.
+"""The solver's vector work in plain PyTorch: the oracle, and a GPU's path without our kernels.
 
-Same arguments and results as :mod:`.solver_cpu`, with tensors on any device.
+Same arguments and results as :mod:`.solver_cpu`, with tensors on any device; what a GPU takes is
+:mod:`.solver_cuda`.
 """
 
 from __future__ import annotations

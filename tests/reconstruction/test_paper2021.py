@@ -268,3 +268,26 @@ def test_few_voxels_are_one_batch_and_wrong_shapes_are_refused():
     assert history["step"] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(ValueError, match="expected"):
         fit_paper(points, values[:-1], SMALL, seed=0)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_those_taken_one_by_one(cuda: str, monkeypatch, caplog) -> None:
+    points, values = samples(2000)
+    settings = replace(SMALL, epochs_2021=8)  # of 20 steps; the rate changes after recording
+    _, history = fit_paper(points, values, settings, seed=1, device=cuda)
+    assert "cannot be recorded" not in caplog.text
+    monkeypatch.setattr(paper2021._Training, "_record", lambda _: None)
+    _, expected = fit_paper(points, values, settings, seed=1, device=cuda)
+    assert history["step"] == expected["step"]
+    assert history["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_training_on_a_gpu_is_taken_up_again(cuda: str, tmp_path) -> None:
+    points, values = samples(2000)
+    _, expected = fit_paper(points, values, SMALL, seed=1, device=cuda)
+    half = replace(SMALL, epochs_2021=3)
+    fit_paper(points, values, half, seed=1, device=cuda, checkpoint=tmp_path)
+    _, history = fit_paper(points, values, SMALL, seed=1, device=cuda, checkpoint=tmp_path)
+    assert history["step"] == expected["step"]
+    assert history["loss"] == pytest.approx(expected["loss"], rel=1e-2)
