@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from simulation import DATA_SETS, DOWNSAMPLING, EPOCHS, epochs, make, record
 
+PROFILES = ["box", "gaussian", "none"]
 METHODS = ["bspline", "srr", "irem2021", "irem"]
 PAPER = "irem2021 above SRR above B-spline, for A and B, k = 4 and 8, PSNR and SSIM (Fig. 4)"
 
@@ -44,6 +45,7 @@ def main() -> None:
         "--downsampling", nargs="+", choices=DOWNSAMPLING, default=list(DOWNSAMPLING)
     )
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--told", choices=PROFILES, help="a slice profile that is not the true one")
     parser.add_argument("--crop", type=float, help="use only the middle so many mm")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of irem2021")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -53,13 +55,15 @@ def main() -> None:
     for name in options.sets:
         for k in options.k:
             for downsampling in options.downsampling:
-                made = make(options.data / DATA_SETS[name], options.crop, k, downsampling)
+                truth = options.data / DATA_SETS[name]
+                made = make(truth, options.crop, k, downsampling, options.told)
                 images = {}
                 for method in options.methods:
                     scores, images[method] = made.score(
                         method, epochs(options.epochs), options.device
                     )
                     row = {"set": name, "k": k, "downsampling": downsampling, "method": method}
+                    row |= {"told": options.told} if options.told else {}
                     result["rows"].append({**row, **scores})
                     print(result["rows"][-1], flush=True)
                     options.result.write_text(json.dumps(result, indent=1) + "\n")

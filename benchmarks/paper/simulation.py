@@ -34,7 +34,7 @@ DATA_SETS = {
     "A": "studyforrest_res-1mm_T1w.nii.gz",  # T1w; the paper's is 7 T, 0.8 mm
     "B": "flair_mni1mm.nii.gz",
 }
-#: How a slice is made, and the profile that the methods are told.
+#: How a slice is made, and the profile that says so.
 DOWNSAMPLING = {"averaging": ("box", "box"), "decimation": ("decimate", "none")}
 EPOCHS, DECAY = 1500, 3  # default epochs; the rate is halved after each third, as in 1,500
 
@@ -75,8 +75,12 @@ class Made:
         return {"psnr": scores.psnr, "ssim": scores.ssim, **spent}, moved
 
 
-def make(truth: Path, crop: float | None, k: int, downsampling: str) -> Made:
+def make(
+    truth: Path, crop: float | None, k: int, downsampling: str, told: str | None = None
+) -> Made:
     """Three orthogonal stacks of slices k voxels thick; poses are those of the headers.
+
+    ``told``: the slice profile that the methods are told; the true one if not given.
 
     A crop takes the share of irem2021's coordinates that it has of the whole head: over
     [-1, 1] its Fourier features would be finer, in mm, than the paper's.
@@ -87,12 +91,12 @@ def make(truth: Path, crop: float | None, k: int, downsampling: str) -> Made:
         whole, spacing = truth_volume(truth, None)
         head = np.argwhere(head_mask(whole))
         share = min(1.0, crop / float((np.ptp(head, axis=0) * spacing.voxel_size).max()))
-    profile, told = DOWNSAMPLING[downsampling]
+    profile, true = DOWNSAMPLING[downsampling]
     protocol = Protocol(thickness=k * float(grid.voxel_size.min()), profile=profile, margin=0.0)
     settings = Settings.from_dict(
         {
             "normalise": {"n4": False, "registration": False},
-            "acquisition": {"profile": told},
+            "acquisition": {"profile": told or true},
             "irem2021": {"coordinate_range": share},
         }
     )
