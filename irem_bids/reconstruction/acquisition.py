@@ -403,6 +403,11 @@ class StackModel:
         part.set_poses(self.poses)
         return part
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the loops are those of the CPU; else those of a GPU."""
+        return self.device.type == "cpu"
+
     def _on_device(self) -> DeviceRows:
         if self._rows is None:
             self._rows = DeviceRows(self.rows, self.device)
@@ -420,7 +425,7 @@ class StackModel:
     def forward(self, volume: Tensor, room: Tensor | None = None) -> Tensor:
         """(X, Y, Z) to (N,), before the receiver; ``room`` (X, Y, Z) may be written over."""
         volume = sharpened(volume, self.sharpness, room)
-        if self.device.type != "cpu":
+        if not self.compiled:
             return operator_cuda.forward(volume, self._on_device())
         image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
         lattice = self.as_lattice()
@@ -431,7 +436,7 @@ class StackModel:
     @property
     def parts(self) -> int:
         """Partial volumes that :meth:`add_adjoint` fills."""
-        return operator_cpu.BLOCKS if self.device.type == "cpu" else 1
+        return operator_cpu.BLOCKS if self.compiled else 1
 
     def add_adjoint(self, values: Tensor, out: Tensor, room: Tensor | None = None) -> None:
         """Add the adjoint of (N,) to ``out`` (:attr:`parts`, X, Y, Z), spread over its parts.
@@ -447,7 +452,7 @@ class StackModel:
 
     def spread(self, values: Tensor, out: Tensor) -> None:
         """:meth:`add_adjoint` with positive weights only: without the sharpening."""
-        if self.device.type != "cpu":
+        if not self.compiled:
             out[0] += operator_cuda.adjoint(values, self._on_device(), self.grid.shape)
             return
         lattice, threads = self.as_lattice(), torch.get_num_threads()
@@ -469,12 +474,14 @@ class StackModel:
         """
         pivot = self.grid.to_index(self.pivot)
         volume = sharpened(volume, self.sharpness)
-        if self.device.type != "cpu":
-            return operator_cuda.derivatives(volume, self._on_device(), self.grid.affine, pivot)
-        image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
-        found = operator_cpu.derivatives(image, self.rows, self.grid.affine, pivot, threads)
+        if not self.compiled:
+            found = operator_cuda.derivatives(volume, self._on_device(), self.grid.affine, pivot)
+        else:
+            image, threads = np.ascontiguousarray(volume.numpy()), torch.get_num_threads()
+            given = (image, self.rows, self.grid.affine, pivot, threads)
+            found = torch.from_numpy(operator_cpu.derivatives(*given))
         found[:, 6] /= self.width
-        return torch.from_numpy(found)
+        return found
 
     @property
     def slice_of_row(self) -> NDArray[np.intp]:

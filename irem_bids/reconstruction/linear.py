@@ -80,8 +80,8 @@ class System:
 
     @property
     def kernels(self) -> ModuleType:
-        """The solver's vector work on the domain's device."""
-        return solver_cpu if self.domain.device.type == "cpu" else solver_cuda
+        """The solver's vector work on the models' device."""
+        return solver_cpu if self.models[0].compiled else solver_cuda
 
     @cached_property
     def spans(self) -> Tensor:

@@ -196,15 +196,27 @@ def test_a_turned_stack_is_predicted_without_the_blur_of_linear_interpolation() 
     assert not apart.sharpness.any()  # nobody sees the voxels that it would take from
 
 
-@pytest.mark.gpu
-def test_gpu_loops_equal_the_compiled_ones(cuda: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_loops_of_a_gpu_are_those_of_the_cpu(
+    device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU: the way that a GPU's model takes, on the CPU's tensors."""
+    if device != "cpu":
+        request.getfixturevalue("cuda")
     stack, grid = blob_stack(), cube(28)
-    here, there = (StackModel(stack, stack.mask, grid, Acquisition(), d) for d in ("cpu", cuda))
+    here, there = (StackModel(stack, stack.mask, grid, Acquisition(), d) for d in ("cpu", device))
     volume = torch.randn(*grid.shape, generator=torch.Generator().manual_seed(1))
-    for poses in (slice_poses(7, 1), slice_poses(7, 2)):
-        here.set_poses(poses)
-        there.set_poses(poses)
-        assert torch.allclose(here.forward(volume), there.forward(volume.to(cuda)).cpu(), atol=1e-3)
+    values = torch.randn(len(here.values), generator=torch.Generator().manual_seed(2))
+    for seed, width in ((1, 1.0), (2, 1.3)):
+        for model in (here, there):
+            model.set_poses(slice_poses(7, seed), width)
+        expected = here.forward(volume), here.adjoint(values), here.derivatives(volume)
+        with monkeypatch.context() as patch:
+            patch.setattr(StackModel, "compiled", False)
+            image, rows = volume.to(device), values.to(device)
+            found = there.forward(image), there.adjoint(rows), there.derivatives(image)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("gaussian", 0.012), ("box", 0.012)])

@@ -7,6 +7,8 @@ import contextlib
 import ctypes
 import shutil
 import subprocess
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,15 @@ from torch import Tensor
 from irem_bids.reconstruction import cuda, operator_cuda, operator_torch, solver_cuda, solver_torch
 from irem_bids.reconstruction.acquisition import StackModel
 from irem_bids.reconstruction.geometry import Grid
+from irem_bids.reconstruction.metrics import psnr
 from irem_bids.reconstruction.operator_torch import DeviceRows
+from irem_bids.reconstruction.optimise import fit
+from irem_bids.reconstruction.prepare import output_grid, prepare
+from irem_bids.reconstruction.protocol import Protocol
 from irem_bids.reconstruction.sharpening import add_sharpened
-from irem_bids.settings import Acquisition
+from irem_bids.reconstruction.simulate import simulate
+from irem_bids.settings import Acquisition, Settings
+from tests.phantom import head
 from tests.reconstruction.test_acquisition import blob_stack, cube, slice_poses
 
 # What the kernels' source needs to be C++ for the CPU.
@@ -231,6 +239,45 @@ def test_sharpen(device: str, afresh: bool, request: pytest.FixtureRequest) -> N
     else:
         add_sharpened(parts, each, found, afresh=afresh)
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("motion", "ours"), [("slice", True), ("stack", False)])
+def test_a_whole_fit_the_way_of_a_gpu(
+    motion: str, ours: bool, built: cuda.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU's tensors, by our kernels or in plain PyTorch, against the CPU's own way."""
+    moved = {"slice_degrees": 0.7, "slice_mm": 0.7} if motion == "slice" else {}
+    protocol = Protocol(thickness=6.0, motion_degrees=4, motion_mm=3, snr=60, seed=3, **moved)
+    settings = Settings.from_dict(
+        {
+            "normalise": {"n4": False},
+            "acquisition": {"learn_width": True},
+            "irem": {"steps": 4, "batch_size": 2, "hidden": 8, "motion": motion},
+        }
+    )
+    stacks = simulate(*head((27, 30, 24), 3.0), protocol)
+    prepared = prepare([s.stack for s in stacks], settings)
+    grid = output_grid(prepared, settings.output)
+    expected = fit("irem", prepared, grid, settings)
+    launched = set[str]()
+
+    def launch(name: str, count: int, *arguments: Any) -> None:
+        launched.add(name)
+        cuda.Kernels.launch(built, name, count, *arguments)
+
+    if ours:
+        stand_in = SimpleNamespace(launch=launch)
+        for module in (operator_cuda, solver_cuda):
+            monkeypatch.setattr(module, "kernels", lambda _: stand_in)
+    monkeypatch.setattr(StackModel, "compiled", False)
+    found = fit("irem", prepared, grid, settings)
+    image, same = found.image(), expected.image()
+    assert psnr(image, same, same > 0.1) > 45
+    for label, pose in expected.poses.items():
+        assert np.allclose(found.poses[label].matrix, pose.matrix, atol=2e-3)
+        assert found.widths[label] == pytest.approx(expected.widths[label], abs=5e-3)
+    if ours:
+        assert len(launched) == 6  # all but the sharpening, which the CPU does its own way
 
 
 def test_a_kernel_that_is_not_there(built: cuda.Kernels) -> None:
