@@ -28,7 +28,7 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from machine import machine
-from simulated_head import truth_volume
+from simulated_head import coordinate_range, truth_volume
 
 from irem_bids.reconstruction.draws import draw
 from irem_bids.reconstruction.gauge import gauge, resample_near
@@ -413,9 +413,12 @@ def main() -> int:
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     # The same stack is the reference of every reconstruction, so that they lie in one space.
-    options: dict[str, Any] = {"normalise": {"n4": False, "reference": "random"}}
+    options: dict[str, Any] = {
+        "normalise": {"n4": False, "reference": "random"},
+        "irem2021": {"coordinate_range": coordinate_range(arguments.truth, arguments.crop)},
+    }
     if arguments.epochs is not None:
-        options["irem2021"] = {"epochs_2021": arguments.epochs}
+        options["irem2021"]["epochs_2021"] = arguments.epochs
     settings = Settings.from_dict(options)
     clean, grid = truth_volume(arguments.truth, arguments.crop)
     clean = clean.astype(np.float32)

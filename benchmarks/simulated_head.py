@@ -44,6 +44,18 @@ def truth_volume(path: Path, crop: float | None) -> tuple[np.ndarray, Grid]:
     return volume[box], Grid(size, affine)
 
 
+def coordinate_range(path: Path, crop: float | None) -> float:
+    """Of irem2021 on a crop of the truth: its share of the whole head.
+
+    Over [-1, 1] the Fourier features would be finer, in mm, than they are on a head.
+    """
+    if crop is None:
+        return 1.0
+    volume, grid = truth_volume(path, None)
+    head = np.argwhere(head_mask(volume))
+    return min(1.0, crop / float((np.ptp(head, axis=0) * grid.voxel_size).max()))
+
+
 def machine() -> dict[str, object]:
     """Where and at which commit this runs."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

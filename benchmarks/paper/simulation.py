@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from machine import machine
-from simulated_head import truth_volume
+from simulated_head import coordinate_range, truth_volume
 
 from irem_bids.reconstruction.evaluation import evaluate
 from irem_bids.reconstruction.gauge import gauge
@@ -81,23 +81,15 @@ def make(
     """Three orthogonal stacks of slices k voxels thick; poses are those of the headers.
 
     ``told``: the slice profile that the methods are told; the true one if not given.
-
-    A crop takes the share of irem2021's coordinates that it has of the whole head: over
-    [-1, 1] its Fourier features would be finer, in mm, than the paper's.
     """
     volume, grid = truth_volume(truth, crop)
-    share = 1.0
-    if crop:
-        whole, spacing = truth_volume(truth, None)
-        head = np.argwhere(head_mask(whole))
-        share = min(1.0, crop / float((np.ptp(head, axis=0) * spacing.voxel_size).max()))
     profile, true = DOWNSAMPLING[downsampling]
     protocol = Protocol(thickness=k * float(grid.voxel_size.min()), profile=profile, margin=0.0)
     settings = Settings.from_dict(
         {
             "normalise": {"n4": False, "registration": False},
             "acquisition": {"profile": told or true},
-            "irem2021": {"coordinate_range": share},
+            "irem2021": {"coordinate_range": coordinate_range(truth, crop)},
         }
     )
     stacks = [one.stack for one in simulate(volume, grid, protocol, threads=2)]
