@@ -82,9 +82,10 @@ def score(image: np.ndarray, grid: Grid, truth: Truth) -> float:
     return evaluate((image, grid), truth, head_mask(truth[0]), threads=THREADS).psnr
 
 
-def heads(truth: Truth, settings: Settings, device: str, compare: bool) -> dict[str, Any]:
+def heads(
+    prepared: Prepared, truth: Truth, settings: Settings, device: str, compare: bool
+) -> dict[str, Any]:
     """irem on the device and, to ``compare``, on the CPU: seconds, memory, PSNR."""
-    prepared = prepared_of(truth, settings)
     grid = output_grid(prepared, settings.output)
     fit("srr", prepared, grid, settings, device=device)  # starts the device, compiles
     if device != "cpu":
@@ -105,9 +106,8 @@ def heads(truth: Truth, settings: Settings, device: str, compare: bool) -> dict[
     return out
 
 
-def rate(truth: Truth, settings: Settings, device: str, steps: int) -> dict[str, float]:
+def rate(prepared: Prepared, settings: Settings, device: str, steps: int) -> dict[str, float]:
     """Evaluations with gradient a second, in the solver's iterations."""
-    prepared = prepared_of(truth, settings)
     grid = output_grid(prepared, settings.output)
     job = solution.Job(prepared, grid, settings, device, None, None)
     system = solution.build_system(job, grid, solution.State.registered(prepared))
@@ -126,9 +126,8 @@ def rate(truth: Truth, settings: Settings, device: str, steps: int) -> dict[str,
     }
 
 
-def loops(truth: Truth, settings: Settings, device: str) -> list[dict[str, float]]:
+def loops(prepared: Prepared, settings: Settings, device: str) -> list[dict[str, float]]:
     """Per stack: points, and ms of each of the forward model's loops, ours and plain PyTorch's."""
-    prepared = prepared_of(truth, settings)
     grid = output_grid(prepared, settings.output)
     job = solution.Job(prepared, grid, settings, device, None, None)
     system = solution.build_system(job, grid, solution.State.registered(prepared))
@@ -166,9 +165,8 @@ def straightforward(
         loss.item()
 
 
-def paper(truth: Truth, settings: Settings, device: str, epochs: int) -> dict[str, float]:
+def paper(prepared: Prepared, device: str, epochs: int) -> dict[str, float]:
     """Seconds of an epoch of irem2021, and of the straightforward loop."""
-    prepared = prepared_of(truth, settings)
     rows = list(zip(prepared.stacks, prepared.poses, strict=True))
     points = np.concatenate([p.apply(s.grid.to_world(np.argwhere(s.mask))) for s, p in rows])
     values = np.concatenate([s.data[s.mask] for s, _ in rows])
@@ -233,14 +231,16 @@ def main() -> None:
         )
     settings = Settings.from_dict({"normalise": {"n4": False}})
     truth = truth_volume(options.truth, options.crop)
-    found: dict[str, Any] = heads(truth, settings, options.device, compare=True)
-    found |= rate(truth, settings, options.device, options.steps)
-    found["loops"] = loops(truth, settings, options.device)
-    found |= paper(truth, settings, options.device, options.epochs)
+    prepared = prepared_of(truth, settings)
+    found: dict[str, Any] = heads(prepared, truth, settings, options.device, compare=True)
+    found |= rate(prepared, settings, options.device, options.steps)
+    found["loops"] = loops(prepared, settings, options.device)
+    found |= paper(prepared, options.device, options.epochs)
     found["irem_over_paper"] = found["whole_paper_s"] / found["fit_s"]
     if options.native:
         whole = truth_volume(options.native, options.crop)
-        native = heads(whole, settings, options.device, compare=False)
+        stacks = prepared_of(whole, settings)
+        native = heads(stacks, whole, settings, options.device, compare=False)
         found["native_fit_s"], found["native"] = native["fit_s"], native
     if options.job:
         found["job_s"] = whole_job(truth, options.device)

@@ -325,10 +325,11 @@ class _Training:
         )
         self.network = network.to(device).train()
         gpu, rate = device.type == "cuda", settings.learning_rate_2021
+        # a recorded step sees the rate change only if it is a tensor
         self.optimiser = torch.optim.Adam(
             self.network.parameters(),
-            lr=torch.tensor(rate, device=device) if gpu else rate,  # so that a recorded step sees
-            betas=BETAS,  # it change
+            lr=torch.tensor(rate, device=device) if gpu else rate,
+            betas=BETAS,
             eps=EPSILON,
             fused=gpu,
             capturable=gpu,
