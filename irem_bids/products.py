@@ -103,7 +103,7 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     ``SliceWeights`` are null for slices without foreground; ``SliceMotion`` holds rotation
     vectors (rad, RAS+ axes) about ``SliceMotionPivot``, then translations (mm), beyond the
     stack's pose; ``EstimatedSliceThickness`` is the width of the profile, mm; ``Network`` says
-    how the held-out voxels judged it.
+    how the held-out voxels judged it, ``BetweenSlices`` how gaps were bridged.
     """
     fit = _read_json(result.methods[method] / "fit.json")
     places = _read_json(result.prepared / "step.json").get("slices", {})
@@ -117,8 +117,11 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if fit.get("gains") and method != "bspline":
         found["Gains"] = fit["gains"]
-    if network := fit.get("info", {}).get("network"):
+    info = fit.get("info", {})
+    if network := info.get("network"):
         found["Network"] = network
+    if len(info.get("rehearsed_error", {})) > 1:
+        found["BetweenSlices"] = info["image"]
     if fit.get("slice_weights"):
         found["SliceWeights"] = {k: whole(k, v) for k, v in fit["slice_weights"].items()}
     if fit.get("slice_motion"):

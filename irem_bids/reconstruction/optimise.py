@@ -22,12 +22,13 @@ from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .consistency import reconciled
 from .fields import Field, GridField, ResidualField, load_model, save_model
+from .gaps import joined, leave_gaps
 from .geometry import Grid, RigidTransform, mean_pose
 from .linear import System, restored
 from .metrics import MAD_TO_SIGMA
 from .prepare import Prepared, write_json
 from .registration import ncc
-from .rehearsal import rehearse
+from .rehearsal import Image, rehearse
 from .repeatable import repeatable, small_matrices
 from .sample import evaluate, sample
 from .solution import Job, Linear, Prediction, Progress, State, build_system, solve_linear
@@ -237,15 +238,22 @@ def _fit_irem(job: Job) -> Fit:
         scale=RESIDUAL_SCALE,
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
-    field.base.volume.copy_(linear.volume)
     system = build_system(job, job.grid, linear.state)
     noise = _noise(system, linear.volume)
     if not np.isfinite(noise).all():
         raise FloatingPointError("the stacks hold numbers that are not finite")
-    example = rehearse(job, linear, noise) if options.steps else None
+    images: dict[str, Image] = {"edges": lambda job, state, volume: volume}
+    if leave_gaps(system):
+        images["spectrum"] = joined
+    rehearsed = len(images) > 1 or options.steps > 0
+    examples = rehearse(job, linear, noise, images) if rehearsed else {}
+    errors = {name: example.error for name, example in examples.items()}
+    chosen = min(errors, key=lambda name: errors[name], default="edges")
+    linear.volume = images[chosen](job, linear.state, linear.volume)
+    field.base.volume.copy_(linear.volume)
     training = Training(
         field,
-        example,
+        examples.get(chosen),
         _held_out(job, linear),
         lambda guess: reconciled(system, guess),
         job.settings,
@@ -254,7 +262,7 @@ def _fit_irem(job: Job) -> Fit:
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
-    info["network"] = _use_of(training)
+    info |= {"image": chosen, "rehearsed_error": errors, "network": _use_of(training)}
     info["doubts"] = training.doubts
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
     found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}

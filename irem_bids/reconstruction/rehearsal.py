@@ -10,7 +10,7 @@ the subject's own stacks is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,9 @@ EDGE = 72  # voxels of the block
 BORDER = 8  # voxels at its faces that teach nothing: their slices reach beyond
 FEWEST = 50  # voxels of each stack in it
 
+#: Makes another image (X, Y, Z) from the linear solution, which it takes last.
+Image = Callable[[Job, State, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,11 +48,18 @@ class Example:
     mask: Tensor
     unseen: Callable[[tuple[int, int, int]], Tensor]
 
+    @property
+    def error(self) -> float:
+        """Mean square of what was missed, scaled intensity, where it counts."""
+        return float((self.missing[self.mask].double() ** 2).mean()) if self.mask.any() else 0.0
 
-def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None:
-    """The block in the middle of the head; ``noise``: standard deviation, per stack.
 
-    None where a stack has next to nothing in it.
+def rehearse(
+    job: Job, linear: Linear, noise: Sequence[float], images: Mapping[str, Image]
+) -> dict[str, Example]:
+    """What each of ``images`` makes of the block in the middle of the head.
+
+    ``noise``: standard deviation, per stack.  Empty where a stack has next to nothing in it.
     """
     block, turned, mask = _turned(job, linear.volume.cpu().numpy())
     stacks = []
@@ -57,7 +67,7 @@ def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None
     for number, stack in enumerate(job.prepared.stacks):
         scan = _scanned(job, linear.state, number, block, turned)
         if scan is None:
-            return None
+            return {}
         data = scan.data + np.float32(noise[number]) * random.standard_normal(
             scan.data.shape, dtype=np.float32
         )
@@ -76,7 +86,9 @@ def rehearse(job: Job, linear: Linear, noise: Sequence[float]) -> Example | None
     solution = _solved(part, system, prior)
     truth = torch.from_numpy(np.ascontiguousarray(turned.image[::2, ::2, ::2])).to(job.device)
     counts = torch.from_numpy(mask).to(job.device)
-    return Example(solution, truth - solution, counts, partial(unseen, system))
+    made = {name: image(part, _still(linear.state), solution) for name, image in images.items()}
+    spectrum = partial(unseen, system)
+    return {name: Example(x, truth - x, counts, spectrum) for name, x in made.items()}
 
 
 @dataclass(frozen=True)

@@ -186,27 +186,17 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     lies half-way to its neighbours.
     """
     prepared, models = job.prepared, []
-    acquisition, near = job.settings.acquisition, torch.zeros(grid.shape, device=job.device)
+    near = torch.zeros(grid.shape, device=job.device)
     rows = zip(prepared.stacks, job.uses, prepared.held_out, state.poses, state.widths, strict=True)
     for stack, use, held, poses, width in rows:
         size = float(grid.voxel_size[0])
         small, where, counts = binned(stack, use, size)
-        model = StackModel(small, where, grid, acquisition, job.device, counts)
+        model = StackModel(small, where, grid, job.settings.acquisition, job.device, counts)
         model.set_poses(poses, width)
         models.append(model)
         near += _coverage(model)
         if model.gap > 0:
-            small, where, _ = binned(stack, use | held, size)
-            spacing = float(small.grid.voxel_size[small.slice_axis])
-            whole = StackModel(
-                replace(small, slice_thickness=spacing),
-                where,
-                grid,
-                replace(acquisition, profile="box", profile_file=None),
-                job.device,
-            )
-            whole.set_poses(poses)
-            near += _coverage(whole)
+            near += _coverage(without_gaps(job, grid, stack, use | held, poses))
     noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
     variance = np.maximum(noise, 1e-4) ** 2
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
@@ -218,6 +208,19 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
         (near > 1e-3).float(),
         prepared.reference,
     )
+
+
+def without_gaps(
+    job: Job, grid: Grid, stack: Stack, use: NDArray[np.bool_], poses: NDArray[np.float64]
+) -> StackModel:
+    """The stack as if each slice in ``use`` reached half-way to its neighbours."""
+    small, where, counts = binned(stack, use, float(grid.voxel_size[0]))
+    spacing = float(small.grid.voxel_size[small.slice_axis])
+    box = replace(job.settings.acquisition, profile="box", profile_file=None)
+    thick = replace(small, slice_thickness=spacing)
+    model = StackModel(thick, where, grid, box, job.device, counts)
+    model.set_poses(poses)
+    return model
 
 
 def _coverage(model: StackModel) -> Tensor:

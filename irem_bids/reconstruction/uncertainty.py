@@ -18,6 +18,10 @@ is seen, and what x has less where all stacks suppress k was lost:
     L = sum over suppressed k of (mean power of the passed k of the same |k| - power of k)
 
 as a mean square over the head.
+
+Between slices that leave gaps R misses little of x, which is smooth there, and the head may hold
+what neither has.  There sd^2 is as many times as large as the held-out voxels, which lie in holes
+as wide as the gaps, ask for.
 """
 
 from __future__ import annotations
@@ -33,11 +37,12 @@ from torch import Tensor
 
 from ..settings import Settings
 from .acquisition import quadrature
+from .gaps import joined, leave_gaps
 from .geometry import Grid
 from .linear import restored, solve
 from .optimise import Fit
 from .prepare import Prepared
-from .solution import Job, Prediction, Progress, State, build_system, solve_linear
+from .solution import Job, Prediction, Progress, State, build_system, solve_linear, without_gaps
 from .stack import Mask
 
 PASSED, SUPPRESSED = 0.6, 0.25  # of the power of a wave, by the slice profile
@@ -79,6 +84,8 @@ def standard_deviation(
         progress=job.part(0, 1, "repeat"),
         image=restored if result.method == "irem" else solve,
     )
+    if result.info.get("image") == "spectrum":
+        linear.volume = joined(again, state, linear.volume)
     error = (volume - linear.volume).cpu().numpy()
     share = _share(job, state)
     seen = (share > UNSEEN).astype(np.float32)
@@ -89,9 +96,20 @@ def standard_deviation(
     root = np.sqrt(repeated)
     if known.any() and root[known].any():
         repeated += lost / known.sum() * root / root[known].mean(dtype=np.float64)
+    if leave_gaps(build_system(job, grid, state)):
+        repeated *= _beyond(job, state, volume, repeated)
     out = np.sqrt(repeated)
     out[seen == 0] = np.sqrt(np.mean(image[mask] ** 2)) if mask.any() else 0.0
     return np.asarray(np.where(mask, out, 0), dtype=np.float32)
+
+
+def _beyond(job: Job, state: State, volume: Tensor, variance: NDArray[np.float32]) -> float:
+    """The squared error of the held-out voxels over ``variance`` (X, Y, Z) there; at least 1."""
+    held = Prediction(job, job.grid, state, list(job.prepared.held_out))
+    squares = torch.from_numpy(variance).to(volume.device)
+    expected = sum(float(m.forward(squares).double().sum()) for m in held.models)
+    found = sum(float((r.double() ** 2).sum()) for r in held.residuals(volume))
+    return max(found / expected, 1.0) if expected > 0 else 1.0
 
 
 def passed_power(job: Job) -> NDArray[np.float32]:
@@ -173,12 +191,14 @@ def _repeated(job: Job, state: State, volume: Tensor) -> Prepared:
 
 
 def _share(job: Job, state: State) -> NDArray[np.float32]:
-    """(X, Y, Z) share of the stacks that see a voxel."""
+    """(X, Y, Z) share of the stacks that see a voxel; gaps belong to the slices beside them."""
     system = build_system(job, job.grid, state)
     parts = system.empty_parts()
     voxel = float(np.prod(job.grid.voxel_size))
     full = 0.0
-    for model, stack in zip(system.models, job.prepared.stacks, strict=True):
+    rows = zip(system.models, job.prepared.stacks, job.uses, state.poses, strict=True)
+    for seen, stack, use, poses in rows:
+        model = seen if seen.gap == 0 else without_gaps(job, job.grid, stack, use, poses)
         model.spread(model.counts, parts)
         full += voxel / float(np.prod(stack.grid.voxel_size))
     return np.asarray((parts.sum(0) / full).cpu().numpy())

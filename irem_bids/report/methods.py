@@ -173,7 +173,9 @@ def _irem(settings: Settings) -> str:
         "the idea of IREM [@wu2021irem]. Unlike there, a voxel is the weighted mean of the "
         f"function through the slice ({_profile(settings)}), and the function stands on a "
         "profile-aware linear solution [@gholipour2010robust; @ebner2020automated], to which a "
-        "Bregman iteration returns the contrast that its penalty takes [@osher2005iterative]."
+        "Bregman iteration returns the contrast that its penalty takes [@osher2005iterative]. "
+        "Where slices leave gaps, it is the most likely image of a scale-free spectrum, if that "
+        "recovers more of a block of the head, turned and scanned again."
         + refine
         + _network(settings)
     )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between slices that leave gaps: against dense algebra, and which image is chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from irem_bids.reconstruction import gaps, optimise
+from irem_bids.reconstruction.gaps import MARGIN, POWER, SLOWEST, _most_likely, _power, leave_gaps
+from irem_bids.reconstruction.geometry import Grid
+from irem_bids.reconstruction.masks import output_mask
+from irem_bids.reconstruction.metrics import head_mask
+from irem_bids.reconstruction.optimise import Fit, fit
+from irem_bids.reconstruction.prepare import Prepared, output_grid, prepare
+from irem_bids.reconstruction.protocol import Protocol
+from irem_bids.reconstruction.sample import evaluate
+from irem_bids.reconstruction.simulate import simulate
+from irem_bids.reconstruction.solution import Job, State, build_system
+from irem_bids.reconstruction.uncertainty import standard_deviation
+from irem_bids.settings import Settings
+from tests.phantom import head
+
+SETTINGS = Settings.from_dict(
+    {
+        "normalise": {"n4": False, "registration": False},
+        "acquisition": {"profile": "none"},
+        "irem": {"steps": 20},
+    }
+)
+
+
+def variance(shape: tuple[int, ...], slowest: float) -> NDArray[np.float64]:
+    """Of the waves of an image with the spectrum |2 pi k|^-3, at all frequencies."""
+    sides = np.meshgrid(*(np.fft.fftfreq(n) for n in shape), indexing="ij")
+    k = np.sqrt(sum(side**2 for side in sides) + slowest**2)
+    return np.asarray((2 * np.pi * k) ** -POWER)
+
+
+def scale_free(shape: tuple[int, int, int], c: float) -> NDArray[np.float32]:
+    """An image with the power c |2 pi k|^-3."""
+    white = np.random.default_rng(5).standard_normal(shape)
+    waves = np.fft.fftn(white) * np.sqrt(c * variance(shape, 1e-4))
+    waves[0, 0, 0] = 0
+    return np.fft.ifftn(waves).real.astype(np.float32)
+
+
+def planes(volume: NDArray[np.float32], grid: Grid, every: float) -> Prepared:
+    """Three stacks of planes that are ``every`` mm apart."""
+    protocol = Protocol(thickness=every, profile="decimate", margin=0.0)
+    return prepare([s.stack for s in simulate(volume, grid, protocol)], SETTINGS)
+
+
+def test_most_likely_image_against_dense_algebra() -> None:
+    volume, grid = head((12, 14, 11), 4.0)
+    prepared = planes(volume, grid, 16.0)
+    job = Job(prepared, output_grid(prepared, SETTINGS.output), SETTINGS, "cpu", None, None)
+    system = build_system(job, job.grid, State.registered(prepared))
+    assert leave_gaps(system)
+    shape = system.grid.shape
+    start = 0.5 * system.domain
+    found = _most_likely(system, start, 0.02, 400)
+    # x = m + C A^T (A C A^T + W^-1)^-1 (y - A m), with C of the padded torus
+    matrix = []
+    for voxel in range(system.domain.numel()):
+        unit = torch.zeros(system.domain.numel())
+        unit[voxel] = 1
+        matrix.append(torch.cat([m.forward(unit.reshape(shape)) for m in system.models]))
+    a = torch.stack(matrix, 1).double().numpy()
+    wide = tuple(n + MARGIN for n in shape)
+    kernel = np.fft.ifftn(variance(wide, SLOWEST) / 0.02).real
+    index = np.indices(shape).reshape(3, -1)
+    apart = (index[:, :, None] - index[:, None, :]) % np.array(wide)[:, None, None]
+    c = kernel[tuple(apart)]
+    weights = torch.cat(system.weights()).double().numpy()
+    values = torch.cat([m.values for m in system.models]).double().numpy()
+    mean = np.full(a.shape[1], 0.5)
+    inner = a @ c @ a.T + np.diag(1 / weights)
+    expected = mean + c @ a.T @ np.linalg.solve(inner, values - a @ mean)
+    inside = system.domain.numpy().ravel() > 0
+    assert np.allclose(found.numpy().ravel()[inside], expected[inside], atol=2e-3)
+    assert not found.numpy().ravel()[~inside].any()
+
+
+def test_power_of_an_image_is_measured() -> None:
+    image = torch.from_numpy(scale_free((72, 72, 72), 0.4))
+    assert _power(image, 8.0) == pytest.approx(0.4, rel=0.25)
+    assert _power(image, 100.0) == 0.0  # no wave is that long here
+
+
+def score(result: Fit, truth: tuple[NDArray[np.float32], Grid]) -> float:
+    """Root mean square error in the head, scaled intensity."""
+    volume, grid = truth
+    index = np.argwhere(head_mask(volume))
+    found = evaluate(result.field, grid.to_world(index))
+    return float(np.sqrt(np.mean((found - volume[tuple(index.T)] / result.scale) ** 2)))
+
+
+@pytest.fixture(scope="module")
+def smooth() -> tuple[tuple[NDArray[np.float32], Grid], Prepared, Fit]:
+    """A head whose edges are soft, its planes four voxels apart, and what comes of them."""
+    truth = head((48, 56, 48), 3.0)
+    prepared = planes(*truth, 12.0)
+    return truth, prepared, fit("irem", prepared, output_grid(prepared, SETTINGS.output), SETTINGS)
+
+
+def test_the_image_of_a_spectrum_is_chosen_where_it_is_nearer(
+    smooth: tuple[tuple[NDArray[np.float32], Grid], Prepared, Fit],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    truth, prepared, result = smooth
+    errors = result.info["rehearsed_error"]
+    assert result.info["image"] == "spectrum"
+    assert errors["spectrum"] < errors["edges"]
+    monkeypatch.setattr(optimise, "leave_gaps", lambda system: False)
+    other = fit("irem", prepared, result.grid, SETTINGS)
+    assert set(other.info["rehearsed_error"]) == {"edges"}
+    assert score(result, truth) < 0.95 * score(other, truth)
+
+
+def test_its_standard_deviation_is_that_of_its_errors(
+    smooth: tuple[tuple[NDArray[np.float32], Grid], Prepared, Fit],
+) -> None:
+    truth, prepared, result = smooth
+    mask = output_mask(prepared, result.grid)
+    sd = standard_deviation(prepared, result, result.image(), result.grid, mask, SETTINGS)
+    assert 0.5 < float(np.sqrt(np.mean(sd[mask] ** 2))) / score(result, truth) < 2
+
+
+def test_without_a_network_the_rehearsal_still_chooses(
+    smooth: tuple[tuple[NDArray[np.float32], Grid], Prepared, Fit],
+) -> None:
+    _, prepared, with_network = smooth
+    alone = SETTINGS.updated({"irem": {"steps": 0}})
+    result = fit("irem", prepared, with_network.grid, alone)
+    assert result.info["image"] == "spectrum"
+    job = Job(prepared, result.grid, alone, "cpu", None, None)
+    edges = optimise._linear_or_saved(job)
+    assert np.allclose(result.image(), gaps.joined(job, edges.state, edges.volume), atol=1e-6)
+
+
+def test_plateaus_stay_plateaus() -> None:
+    blocks = np.random.default_rng(2).uniform(1, 2, (6, 6, 6))
+    volume = np.pad(np.kron(blocks, np.ones((8, 8, 8))), 2).astype(np.float32)
+    prepared = planes(volume, Grid(volume.shape, np.eye(4)), 4.0)
+    result = fit("irem", prepared, output_grid(prepared, SETTINGS.output), SETTINGS)
+    assert set(result.info["rehearsed_error"]) == {"edges", "spectrum"}
+    assert result.info["image"] == "edges"
+
+
+def test_slices_that_meet_have_no_gaps() -> None:
+    thick = SETTINGS.updated({"acquisition": {"profile": "box"}})
+    protocol = Protocol(thickness=9.0, profile="box")
+    meeting = prepare([s.stack for s in simulate(*head((24, 28, 24), 3.0), protocol)], thick)
+    job = Job(meeting, output_grid(meeting, thick.output), thick, "cpu", None, None)
+    assert not leave_gaps(build_system(job, job.grid, State.registered(meeting)))
