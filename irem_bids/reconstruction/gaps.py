@@ -75,7 +75,7 @@ def _power(volume: Tensor, spacing: float) -> float:
 
 
 def _most_likely(system: System, start: Tensor, weight: float, iterations: int) -> Tensor:
-    """Conjugate gradients on the white image; 0 outside the system's domain."""
+    """Conjugate gradients on the white image; outside the system's domain ``start`` stays."""
     shape = tuple(start.shape)
     wide = [n + MARGIN for n in shape]
     place = tuple(slice(MARGIN // 2, MARGIN // 2 + n) for n in shape)
@@ -115,4 +115,4 @@ def _most_likely(system: System, start: Tensor, weight: float, iterations: int) 
         residual -= step * product
         last, square = square, float((residual.double() ** 2).sum())
         direction = residual + (square / last) * direction
-    return (coloured(white) + mean) * system.domain
+    return torch.where(inside, coloured(white) + mean, start)
