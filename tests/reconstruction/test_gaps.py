@@ -156,3 +156,17 @@ def test_slices_that_meet_have_no_gaps() -> None:
     meeting = prepare([s.stack for s in simulate(*head((24, 28, 24), 3.0), protocol)], thick)
     job = Job(meeting, output_grid(meeting, thick.output), thick, "cpu", None, None)
     assert not leave_gaps(build_system(job, job.grid, State.registered(meeting)))
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_join_alike(
+    smooth: tuple[tuple[NDArray[np.float32], Grid], Prepared, Fit], cuda: str
+) -> None:
+    _, prepared, result = smooth
+    images = []
+    for device in ("cpu", cuda):
+        job = Job(prepared, result.grid, SETTINGS, device, None, None)
+        state = State.registered(prepared)
+        start = torch.full(result.grid.shape, 0.5, device=device)
+        images.append(gaps.joined(job, state, start).cpu().numpy())
+    assert np.allclose(*images, atol=2e-3)
