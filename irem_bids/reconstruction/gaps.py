@@ -9,7 +9,7 @@ power c |2 pi k|^-3) the most likely one, given the stacks, is
 
 the Wiener filter for samples with gaps (kriging, in geostatistics).  The weight of the penalty has
 no unit, and is the same on every grid.  Solved coarse to fine by conjugate gradients on the
-white image |2 pi k|^{3/2} x.
+waves of the white image |2 pi k|^{3/2} x.
 """
 
 from __future__ import annotations
@@ -75,44 +75,49 @@ def _power(volume: Tensor, spacing: float) -> float:
 
 
 def _most_likely(system: System, start: Tensor, weight: float, iterations: int) -> Tensor:
-    """Conjugate gradients on the white image; outside the system's domain ``start`` stays."""
+    """Conjugate gradients on the white image's waves; outside the domain ``start`` stays."""
     shape = tuple(start.shape)
     wide = [n + MARGIN for n in shape]
     place = tuple(slice(MARGIN // 2, MARGIN // 2 + n) for n in shape)
     k = (_frequencies(tuple(wide), start.device) ** 2 + SLOWEST**2).sqrt()
     root = math.sqrt(weight) * (2 * math.pi * k) ** (POWER / 2)
+    twice = torch.full_like(root, 2.0)  # waves that stand for their opposites, too
+    twice[:, :, 0] = 1.0
+    if wide[2] % 2 == 0:
+        twice[:, :, -1] = 1.0
     rows = list(zip(system.models, system.factors(), system.weights(), strict=True))
     inside = system.domain > 0
     mean = float(start[inside].mean()) if bool(inside.any()) else 0.0
 
-    def filtered(image: Tensor, by: Tensor) -> Tensor:
-        return torch.fft.irfftn(torch.fft.rfftn(image) * by, s=wide)
+    def image(white: Tensor) -> Tensor:
+        return torch.fft.irfftn(white / root, s=wide)[place].contiguous()
 
-    def coloured(white: Tensor) -> Tensor:
-        return filtered(white, 1 / root)[place].contiguous()
-
-    def whitened(image: Tensor, by: Tensor) -> Tensor:
+    def waves(volume: Tensor) -> Tensor:
         padded = torch.zeros(wide, device=start.device)
-        padded[place] = image
-        return filtered(padded, by)
+        padded[place] = volume
+        return torch.fft.rfftn(padded)
 
     def back(residuals: list[Tensor]) -> Tensor:
         parts = system.empty_parts()
         for (model, factor, weights), residual in zip(rows, residuals, strict=True):
             model.add_adjoint(factor * weights * residual, parts)
-        return whitened(parts.sum(0), 1 / root)
+        return waves(parts.sum(0)) / root
 
-    white = whitened((start - mean) * system.domain, root)
-    residual = back(system.residuals(coloured(white) + mean)) - white
-    direction, square = residual.clone(), float((residual.double() ** 2).sum())
+    def dot(one: Tensor, other: Tensor) -> float:
+        products = one.real * other.real + one.imag * other.imag
+        return float((twice * products).sum(dtype=torch.float64))
+
+    white = waves((start - mean) * system.domain) * root
+    residual = back(system.residuals(image(white) + mean)) - white
+    direction, square = residual.clone(), dot(residual, residual)
     for _ in range(iterations):
         if square <= 0:
             break
-        image = coloured(direction)
-        product = back([f * m.forward(image) for m, f, _ in rows]) + direction
-        step = square / float((direction.double() * product).sum())
+        seen = image(direction)
+        product = back([f * m.forward(seen) for m, f, _ in rows]) + direction
+        step = square / dot(direction, product)
         white += step * direction
         residual -= step * product
-        last, square = square, float((residual.double() ** 2).sum())
+        last, square = square, dot(residual, residual)
         direction = residual + (square / last) * direction
-    return torch.where(inside, coloured(white) + mean, start)
+    return torch.where(inside, image(white) + mean, start)
