@@ -25,7 +25,7 @@ from .solution import Job, State, build_system, carry
 
 POWER = 3.0  # of the frequency
 SLOWEST = 0.01  # cycles per voxel, added in squares: the mean, too, has a finite power
-LEAST = 1e-3  # of the penalty's weight: less changes the image by 0.03 dB, but takes longer
+LEAST = 1e-3  # of the penalty's weight: less changes the image by 0.01 dB, but takes longer
 MARGIN = 16  # voxels beside the grid, since the waves go round
 ITERATIONS = {2.0: 60, 1.0: 80}  # by voxels of a level's grid over the result's
 

@@ -39,7 +39,7 @@ from ..settings import Settings
 from .acquisition import quadrature
 from .gaps import joined, leave_gaps
 from .geometry import Grid
-from .linear import restored, solve
+from .linear import System, restored, solve
 from .optimise import Fit
 from .prepare import Prepared
 from .solution import Job, Prediction, Progress, State, build_system, solve_linear, without_gaps
@@ -87,7 +87,8 @@ def standard_deviation(
     if result.info.get("image") == "spectrum":
         linear.volume = joined(again, state, linear.volume)
     error = (volume - linear.volume).cpu().numpy()
-    share = _share(job, state)
+    system = build_system(job, grid, state)
+    share = _share(job, state, system)
     seen = (share > UNSEEN).astype(np.float32)
     mean = gaussian_filter(seen * error**2, SMOOTH) / np.maximum(gaussian_filter(seen, SMOOTH), 0.1)
     repeated = mean / np.clip(share, LEAST_SHARE, 1)
@@ -96,7 +97,7 @@ def standard_deviation(
     root = np.sqrt(repeated)
     if known.any() and root[known].any():
         repeated += lost / known.sum() * root / root[known].mean(dtype=np.float64)
-    if leave_gaps(build_system(job, grid, state)):
+    if leave_gaps(system):
         repeated *= _beyond(job, state, volume, repeated)
     out = np.sqrt(repeated)
     out[seen == 0] = np.sqrt(np.mean(image[mask] ** 2)) if mask.any() else 0.0
@@ -107,8 +108,12 @@ def _beyond(job: Job, state: State, volume: Tensor, variance: NDArray[np.float32
     """The squared error of the held-out voxels over ``variance`` (X, Y, Z) there; at least 1."""
     held = Prediction(job, job.grid, state, list(job.prepared.held_out))
     squares = torch.from_numpy(variance).to(volume.device)
-    expected = sum(float(m.forward(squares).double().sum()) for m in held.models)
-    found = sum(float((r.double() ** 2).sum()) for r in held.residuals(volume))
+    expected = found = 0.0
+    rows = zip(held.models, held.residuals(volume), state.slice_weights, strict=True)
+    for model, residual, weights in rows:  # what is wrong with a bad slice is not the image's
+        each = torch.from_numpy(weights[model.slice_of_row]).to(volume.device)
+        expected += float((each * model.forward(squares)).sum())
+        found += float((each * residual.double() ** 2).sum())
     return max(found / expected, 1.0) if expected > 0 else 1.0
 
 
@@ -190,9 +195,8 @@ def _repeated(job: Job, state: State, volume: Tensor) -> Prepared:
     return replace(job.prepared, stacks=tuple(stacks))
 
 
-def _share(job: Job, state: State) -> NDArray[np.float32]:
+def _share(job: Job, state: State, system: System) -> NDArray[np.float32]:
     """(X, Y, Z) share of the stacks that see a voxel; gaps belong to the slices beside them."""
-    system = build_system(job, job.grid, state)
     parts = system.empty_parts()
     voxel = float(np.prod(job.grid.voxel_size))
     full = 0.0
