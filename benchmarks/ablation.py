@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "slice profile": {"acquisition": {"profile": "none"}},
     "refined poses, gain and bias": {"irem": {"refine_poses": False}},
     "slice poses": {"irem": {"motion": "stack"}},
-    "width of the profile": {"acquisition": {"learn_width": False}},
+    "width of the profile": {"acquisition": {"profile_width": "stated"}},
     "penalty": {"srr": {"srr_lambda": NOTHING}},
     "robust weights": {"irem": {"robust": False}},
     "network": {"irem": {"steps": 0}},

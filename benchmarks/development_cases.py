@@ -61,7 +61,6 @@ CASES = {
             thickness=4.0, bias=0.2, snr=30.0, slice_degrees=0.7, slice_mm=0.7, width_factor=1.25,
             damaged=0.03, **MOTION,
         ),
-        {"learn_width": True},
     ),
     "D3-nothing-wrong": Case(T1W, Protocol(thickness=4.0, snr=30.0, **MOTION)),
     "D4": Case(FLAIR, Protocol(thickness=5.0, snr=40.0, **MOTION), lesions=True),
@@ -253,6 +252,7 @@ class Bench:
             "penalty": found.info.get("penalty"),
             "motion": found.info.get("motion"),
             "held_out_by_motion": found.info.get("held_out_by_motion"),
+            "held_out_by_width": found.info.get("held_out_by_width"),
             "seconds": seconds,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }

@@ -147,8 +147,12 @@ class Acquisition:
         "the slice's middle and response",
         metavar="FILE",
     )
-    learn_width: bool = option(
-        False, "estimate the width of each stack's slice profile along with the image (irem)"
+    profile_width: str = option(
+        "auto",
+        "width of each stack's slice profile: as 'stated' by the slice thickness, or 'learned' "
+        "along with the image (irem); 'auto' tries both and decides by the error of held-out "
+        "voxels",
+        choices=("auto", "stated", "learned"),
     )
     slice_thickness: float | None = option(
         None,

@@ -6,7 +6,9 @@ This is ``srr``, and what ``irem`` stands on.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,10 @@ BARE = 0.155  # the same over the noise without texture, where that gives more
 TEXTURE = 0.0205  # of what is measured as noise, scaled intensity
 MASK_MARGIN = 4.0  # mm around a given mask that are trained on
 LEVELS = (4.0, 2.0, 1.0)  # voxels of the solutions over the result's
-DECIDE = 2.0  # level at which the kind of motion is chosen
+DECIDE = 2.0  # level at which the kind of motion and whether to learn the width are chosen
 BETTER = 0.85  # slices move if that brings the held-out error below this share
+TRUER = 0.997  # the width of the profile is learned if that brings it below this share
+CROSSED = 0.87  # cosine of the angle (30 degrees) from which slices see each other's profile
 SLICE_ROUNDS = {4.0: 5, 2.0: 8, 1.0: 2}
 ROUND_ITERATIONS = 5  # conjugate gradients of a round
 TRIAL_ROUNDS = 2  # of those at the level where the motion is chosen, before it is
@@ -307,6 +311,7 @@ class _Solver:
         self.grid = job.grid
         options = job.settings.irem
         self.motion = options.motion if refined else "stack"
+        self.width = job.settings.acquisition.profile_width
         self.trial: tuple[State, Tensor, Grid] | None = None
         self.info: dict[str, Any] = {"penalty": asdict(self.prior), "pose_steps_mm": []}
 
@@ -340,7 +345,7 @@ class _Solver:
         if self.refined:
             self.volume = share_shading(system, self._volume)
             self.state = State.of(system, self.state.paths)
-            self.info["motion"] = self.motion
+            self.info |= {"motion": self.motion, "width": self.width}
         return Linear(self._volume, self.state, self.info)
 
     @property
@@ -362,8 +367,8 @@ class _Solver:
         coarsest grid, where the image is smooth.
         """
         free = Freedom(paths=self.state.paths)
-        if level < DECIDE:
-            self._widths(system, prior)
+        if level < DECIDE and self.width == "learned":
+            self._learn(system, prior, self.state.paths)
         if self.motion == "slice" and self.state.paths:
             self._rounds(system, prior, free, SLICE_ROUNDS[level])
         else:
@@ -372,19 +377,55 @@ class _Solver:
         if self.motion != "stack" and level >= DECIDE:
             system = self._slices(system, prior, level)
         if level == DECIDE:
-            self._widths(system, prior)
+            if self.width == "auto":
+                system = self._choose_width(system, prior)
+            elif self.width == "learned":
+                self._learn(system, prior, self.state.paths)
         return system
 
-    def _widths(self, system: System, prior: Prior) -> None:
-        """Rounds in which the width of the profile is free, too, where it is to be learned.
+    def _learn(
+        self,
+        system: System,
+        prior: Prior,
+        paths: list[trajectory.Path] | None,
+        *,
+        width: bool = True,
+    ) -> None:
+        """Rounds in which the width of the profile is free, too.
 
         A strong penalty blurs the image, which then asks for too narrow a profile.  But by the
         residuals of a light one, which fits its own slices closely, a slice that was left out
         seems bad; so other rounds follow.
         """
-        if self.job.settings.acquisition.learn_width:
-            light = replace(prior, weight=WIDTH_SHARE * prior.weight)
-            self._rounds(system, light, Freedom(width=True, paths=self.state.paths), WIDTH_ROUNDS)
+        light = replace(prior, weight=WIDTH_SHARE * prior.weight)
+        self._rounds(system, light, Freedom(width=width, paths=paths), WIDTH_ROUNDS)
+
+    def _choose_width(self, system: System, prior: Prior) -> System:
+        """Learn the width of the profile if held-out voxels tell that the stated one is wrong.
+
+        The same rounds are taken with and without it.  Where it stays as stated, nothing of
+        either is kept.  Slices that all lie the same way see no other's profile, point samples
+        have none, and a profile that was measured is known.
+        """
+        acquisition = self.job.settings.acquisition
+        known = acquisition.profile == "none" or acquisition.profile_file is not None
+        self.width = "stated"
+        if known or not _crossed(system):
+            return system
+        start, volume = State.of(system, self.state.paths), self._volume
+        steps, errors = list(self.info["pose_steps_mm"]), {}
+        for name in ("stated", "learned"):
+            self.volume, paths = volume, deepcopy(start.paths)
+            trial = build_system(self.job, self.grid, start)
+            self._learn(trial, prior, paths, width=name == "learned")
+            self._rounds(trial, prior, Freedom(paths=paths), 1)
+            errors[name] = self._held_out(State.of(trial, paths))
+        self.info["held_out_by_width"] = errors
+        if errors["learned"] < TRUER * errors["stated"]:
+            self.width, self.state = "learned", State.of(trial, paths)
+            return trial
+        self.volume, self.info["pose_steps_mm"] = volume, steps
+        return system
 
     def _slices(self, system: System, prior: Prior, level: float) -> System:
         """Go on with slices that move one by one; at ``DECIDE``, see whether they do."""
@@ -494,6 +535,12 @@ class _Solver:
             total += float((each * residual.double() ** 2).sum())
             count += float(each.sum())
         return total / max(count, 1.0)
+
+
+def _crossed(system: System) -> bool:
+    """Whether two of the stacks lie at an angle."""
+    normals = [model.poses[0, :3, :3] @ model.normal for model in system.models]
+    return any(abs(a @ b) < CROSSED for a, b in itertools.combinations(normals, 2))
 
 
 def _noise(model: StackModel, residual: Tensor, weights: NDArray[np.float64]) -> float:

@@ -204,8 +204,12 @@ def _motion(settings: Settings) -> str:
         "acquisition",
         "auto": ", with a pose for each slice where that predicts held-out voxels better",
     }[chosen.motion]
-    if settings.acquisition.learn_width:
-        words += ", and the width of each stack's slice profile was estimated"
+    words += {
+        "stated": "",
+        "learned": ", and the width of each stack's slice profile was estimated",
+        "auto": ", and the width of each stack's slice profile was estimated where that predicts "
+        "held-out voxels better",
+    }[settings.acquisition.profile_width]
     if chosen.robust:
         words += "; slices that did not fit were given less weight"
     return words

@@ -251,7 +251,7 @@ def test_a_whole_fit_the_way_of_a_gpu(
     settings = Settings.from_dict(
         {
             "normalise": {"n4": False},
-            "acquisition": {"learn_width": True},
+            "acquisition": {"profile_width": "learned"},
             "irem": {"steps": 4, "batch_size": 2, "hidden": 8, "motion": motion},
         }
     )

@@ -272,13 +272,37 @@ def test_still_stacks_stay_stacks() -> None:
     assert min(min(w) for w in found.slice_weights.values()) > 0.8
 
 
-def test_width_of_the_profile_is_learned() -> None:
-    protocol = Protocol(thickness=4.0, width_factor=1.25, snr=80, seed=2, margin=6.0)
+def scanned(protocol: Protocol, **acquisition: str) -> tuple[Prepared, Settings]:
+    """Stacks of the head that do not move, and the settings they were prepared with."""
     stacks = simulate(*head((64, 70, 60), 1.5), protocol, threads=2)
-    options = SETTINGS.updated({"acquisition": {"learn_width": True}, "irem": {"motion": "stack"}})
-    made = prepare([s.stack for s in stacks], options)
+    options = SETTINGS.updated({"irem": {"motion": "stack"}, "acquisition": acquisition})
+    return prepare([s.stack for s in stacks], options), options
+
+
+def test_width_of_the_profile_is_learned_where_the_sidecar_is_wrong() -> None:
+    made, options = scanned(Protocol(thickness=4.0, width_factor=1.25, snr=80, seed=2, margin=6.0))
     found = fit("irem", made, output_grid(made, options.output), options)
+    assert found.info["width"] == "learned"
     assert np.allclose(list(found.widths.values()), 1.25, rtol=0.1)
+
+
+def test_width_of_the_profile_stays_where_the_sidecar_is_right() -> None:
+    """And nothing of the trial is left in the result."""
+    made, options = scanned(Protocol(thickness=4.0, snr=80, seed=2, margin=6.0))
+    grid = output_grid(made, options.output)
+    found = fit("irem", made, grid, options)
+    assert found.info["width"] == "stated"
+    assert set(found.widths.values()) == {1.0}
+    same = fit("irem", made, grid, options.updated({"acquisition": {"profile_width": "stated"}}))
+    assert np.array_equal(found.image(), same.image())
+
+
+def test_width_is_not_tried_where_no_stack_sees_anothers_profile() -> None:
+    parallel = Protocol(thickness=4.0, orientations=("axial", "axial"), width_factor=1.25, seed=2)
+    made, options = scanned(parallel)
+    found = fit("irem", made, output_grid(made, options.output), options)
+    assert found.info["width"] == "stated"
+    assert "held_out_by_width" not in found.info
 
 
 def test_precision_is_the_walks_inverse_covariance() -> None:
