@@ -31,7 +31,7 @@ from .trajectory import MISFIT, Path
 
 LEVER = 50.0  # mm from the pivot at which a rotation's size is measured
 LARGEST = 5.0  # mm: a linearisation holds for about a voxel, so a step goes no further
-WIDTHS = (0.6, 1.7)  # bounds of the width of the profile over the assumed one
+WIDTHS = (0.25, 1.7)  # bounds of the width of the profile over the assumed one
 DISTRUSTED = 0.9  # weight of a slice below which it has no say in where others were
 BELIEVABLE = 8.0  # standard deviations of the walk that a distrusted slice may be off its mean
 LITTLE = 0.1  # of the largest slice's voxels: a slice with less may go astray

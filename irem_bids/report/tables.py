@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from . import cohort, plots
+from . import choices, cohort, plots
 from .material import Material, method_seconds, step_record
+from .predicted import widths
 from .wording import METRICS, number, plain, table
 
 #: What a step noted of its cost, and its heading.
@@ -18,6 +19,9 @@ COSTS = {
     "memory_gb": "Memory, peak (GB)",
     "gpu_memory_gb": "GPU memory, peak (GB)",
 }
+
+#: What a method has found of each stack.
+PER_STACK = ("self_consistency", "residual", "gain", "profile_width")
 
 
 def poses(material: Material) -> dict[str, Any]:
@@ -87,11 +91,14 @@ def metrics(material: Material) -> dict[str, Any]:
         ),
     )
     stacks, per_stack = _per_stack(material, metrics)
+    chosen = choices.table_of(material)
+    definitions = [(METRICS[n][0], METRICS[n][2]) for n in dict.fromkeys([*used, *per_stack])]
     return {
         "methods": methods_table,
+        "choices": chosen,
         "cohort": cohort.among_others(material),
         "stacks": stacks,
-        "definitions": [(METRICS[n][0], METRICS[n][2]) for n in dict.fromkeys([*used, *per_stack])],
+        "definitions": definitions + ([choices.MEANING] if chosen["rows"] else []),
     }
 
 
@@ -99,20 +106,20 @@ def _per_stack(material: Material, metrics: Mapping[str, Any]) -> tuple[dict[str
     """One row per stack and method; and which metrics it has."""
     by_stack = [n for n in ("snr", "noise") if metrics.get(n)]
     values: dict[tuple[str, str], dict[str, Any]] = {}
+    stacks = () if material.prepared is None else material.prepared.stacks
+    stated = {stack.label: stack.slice_thickness for stack in stacks}
     for result in material.methods.values():
         found = {**result.quality, "gain": result.gains}
-        for name in ("self_consistency", "residual", "gain"):
+        if (width := widths(result, stated)) != stated:
+            found["profile_width"] = width
+        for name in PER_STACK:
             of_labels = found.get(name)
             for label, value in (of_labels if isinstance(of_labels, Mapping) else {}).items():
                 values.setdefault((label, result.name), {})[name] = value
     labels = list(dict.fromkeys([*(metrics.get("snr") or {}), *(k for k, _ in values)]))
     order = [(label, name) for label in labels for name in material.methods]
     pairs = [key for key in order if key in values]
-    by_method = [
-        n
-        for n in ("self_consistency", "residual", "gain")
-        if any(n in row for row in values.values())
-    ]
+    by_method = [n for n in PER_STACK if any(n in row for row in values.values())]
     head = [("Stack", ""), *((METRICS[n][0], "number") for n in by_stack)]
     if pairs:
         head += [("Method", ""), *((METRICS[n][0], "number") for n in by_method)]

@@ -56,6 +56,12 @@ METRICS: dict[str, tuple[str, str, str]] = {
         "Factor by which a stack is brighter than the field predicts, after all stacks were "
         "scaled alike; 1 is no difference.",
     ),
+    "profile_width": (
+        "Slice profile (mm)",
+        ".2f",
+        "Width of a stack's slice profile as learned from the data, where they contradict the "
+        "stated slice thickness.",
+    ),
     "held_out_voxels": ("Held-out voxels", ".0f", "How many voxels were never trained on."),
     "residual": (
         "Residual",

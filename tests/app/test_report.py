@@ -25,11 +25,13 @@ from irem_bids.report import (
     ReportInput,
     bibliography,
     build_report,
+    choices,
     cohort,
     make_figures,
     methods_text,
     plots,
     summary,
+    tables,
     views,
     wording,
     write_citation,
@@ -39,7 +41,7 @@ from irem_bids.report.latex import document, latex
 from irem_bids.report.methods import citation_keys, readable
 from irem_bids.settings import Settings
 
-from .report_material import SCALE, fitted_input, group, make_input, prepared, stack
+from .report_material import PLANES, SCALE, fitted_input, group, make_input, prepared, stack
 
 HOSTILE = "<script>alert('x')</script> & \"q\" ünïcødé 脳 {subject} {{ 7*7 }} $x^2$"
 
@@ -536,6 +538,33 @@ def test_methods_that_really_ran(tmp_path):
     assert len([s for s in sources if "residual" in s]) == 9
     for text in ("Held-out PSNR", "Self-consistency (NCC)", "Residual", "Per stack and method"):
         assert text in page.text
+    assert "What the data chose" in page.text
+    assert "Slices move one by one" in page.text
+
+
+def test_what_the_data_chose_is_told_with_its_errors():
+    info = {
+        "motion": "stack", "held_out_by_motion": {"stack": 0.002, "slice": 0.0019},
+        "width": "learned", "held_out_by_width": {"stated": 0.002, "learned": 0.0015},
+        "image": "edges", "rehearsed_error": {"edges": 0.001},
+        "network": "not used",
+    }  # fmt: skip
+    result = report_material.MethodResult(
+        "irem", Path(), info=info, history={"held_out": [0.0012, 0.0012]},
+        fit={"widths": dict.fromkeys(PLANES, 1.2)},
+    )  # fmt: skip
+    material = report_material.Material(inp=None, prepared=prepared(), methods={"irem": result})
+    assert choices.table_of(material)["rows"] == [
+        ["irem", "Slices move one by one", "no, each stack as a whole",
+         "slice 0.0019, stack 0.002"],
+        ["irem", "Width of the slice profiles", "learned", "learned 0.0015, stated 0.002"],
+        ["irem", "Network", "not used", "with 0.0012, without 0.0012"],
+    ]  # fmt: skip
+    stacks, names = tables._per_stack(material, {})
+    assert "profile_width" in names
+    assert [row[-1] for row in stacks["rows"]] == ["6.00"] * 3
+    material.methods["irem"] = replace(result, fit={"widths": dict.fromkeys(PLANES, 1.0)})
+    assert "profile_width" not in tables._per_stack(material, {})[1]
 
 
 def test_scaled_results_share_the_window_of_the_stacks(built):
