@@ -8,8 +8,9 @@ power c |2 pi k|^-3) the most likely one, given the stacks, is
     x = argmin  sum_s || y_s - G_s A_s x ||^2_{W_s} + sigma^2 / c sum_k |2 pi k|^3 |x_k|^2,
 
 the Wiener filter for samples with gaps (kriging, in geostatistics).  The weight of the penalty has
-no unit, and is the same on every grid.  Solved coarse to fine by conjugate gradients on the
-waves of the white image |2 pi k|^{3/2} x.
+no unit, and is the same on every grid.  Solved coarse to fine by conjugate gradients on waves
+that are scaled so that the data and the penalty together weigh all of them alike:
+(d + sigma^2 / c |2 pi k|^3)^{1/2} x, with d the stacks' weight per voxel.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import math
 
 import numpy as np
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor
 
+from .consistency import density
 from .linear import System
 from .solution import Job, State, build_system, carry
 
 POWER = 3.0  # of the frequency
 SLOWEST = 0.01  # cycles per voxel, added in squares: the mean, too, has a finite power
 LEAST = 1e-3  # of the penalty's weight: less changes the image by 0.01 dB, but takes longer
-MARGIN = 16  # voxels beside the grid, since the waves go round
-ITERATIONS = {2.0: 60, 1.0: 80}  # by voxels of a level's grid over the result's
+MARGIN = 16  # voxels beside the grid at least, since the waves go round
+ITERATIONS = {2.0: 40, 1.0: 40}  # by voxels of a level's grid over the result's
 
 
 def leave_gaps(system: System) -> bool:
@@ -50,6 +53,11 @@ def joined(job: Job, state: State, start: Tensor) -> Tensor:
         volume, last = carry(volume, last, grid), grid
         volume = _most_likely(build_system(job, grid, state), volume, weight, iterations)
     return volume
+
+
+def _torus(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid with its margin, of a size that transforms fast."""
+    return tuple(next_fast_len(n + MARGIN, real=True) for n in shape)
 
 
 def _frequencies(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -75,12 +83,14 @@ def _power(volume: Tensor, spacing: float) -> float:
 
 
 def _most_likely(system: System, start: Tensor, weight: float, iterations: int) -> Tensor:
-    """Conjugate gradients on the white image's waves; outside the domain ``start`` stays."""
+    """Conjugate gradients on scaled waves; outside the domain ``start`` stays."""
     shape = tuple(start.shape)
-    wide = [n + MARGIN for n in shape]
+    wide = _torus(shape)
     place = tuple(slice(MARGIN // 2, MARGIN // 2 + n) for n in shape)
-    k = (_frequencies(tuple(wide), start.device) ** 2 + SLOWEST**2).sqrt()
-    root = math.sqrt(weight) * (2 * math.pi * k) ** (POWER / 2)
+    k = (_frequencies(wide, start.device) ** 2 + SLOWEST**2).sqrt()
+    penalty = weight * (2 * math.pi * k) ** POWER
+    whole = penalty + sum(density(system))
+    root, share = whole.sqrt(), penalty / whole
     twice = torch.full_like(root, 2.0)  # waves that stand for their opposites, too
     twice[:, :, 0] = 1.0
     if wide[2] % 2 == 0:
@@ -89,8 +99,8 @@ def _most_likely(system: System, start: Tensor, weight: float, iterations: int) 
     inside = system.domain > 0
     mean = float(start[inside].mean()) if bool(inside.any()) else 0.0
 
-    def image(white: Tensor) -> Tensor:
-        return torch.fft.irfftn(white / root, s=wide)[place].contiguous()
+    def image(scaled: Tensor) -> Tensor:
+        return torch.fft.irfftn(scaled / root, s=wide)[place].contiguous()
 
     def waves(volume: Tensor) -> Tensor:
         padded = torch.zeros(wide, device=start.device)
@@ -107,17 +117,17 @@ def _most_likely(system: System, start: Tensor, weight: float, iterations: int) 
         products = one.real * other.real + one.imag * other.imag
         return float((twice * products).sum(dtype=torch.float64))
 
-    white = waves((start - mean) * system.domain) * root
-    residual = back(system.residuals(image(white) + mean)) - white
+    scaled = waves((start - mean) * system.domain) * root
+    residual = back(system.residuals(image(scaled) + mean)) - share * scaled
     direction, square = residual.clone(), dot(residual, residual)
     for _ in range(iterations):
         if square <= 0:
             break
         seen = image(direction)
-        product = back([f * m.forward(seen) for m, f, _ in rows]) + direction
+        product = back([f * m.forward(seen) for m, f, _ in rows]) + share * direction
         step = square / dot(direction, product)
-        white += step * direction
+        scaled += step * direction
         residual -= step * product
         last, square = square, dot(residual, residual)
         direction = residual + (square / last) * direction
-    return torch.where(inside, image(white) + mean, start)
+    return torch.where(inside, image(scaled) + mean, start)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from irem_bids.reconstruction import gaps, optimise
-from irem_bids.reconstruction.gaps import MARGIN, POWER, SLOWEST, _most_likely, _power, leave_gaps
+from irem_bids.reconstruction.gaps import POWER, SLOWEST, _most_likely, _power, _torus, leave_gaps
 from irem_bids.reconstruction.geometry import Grid
 from irem_bids.reconstruction.masks import output_mask
 from irem_bids.reconstruction.metrics import head_mask
@@ -69,7 +69,7 @@ def test_most_likely_image_against_dense_algebra() -> None:
         unit[voxel] = 1
         matrix.append(torch.cat([m.forward(unit.reshape(shape)) for m in system.models]))
     a = torch.stack(matrix, 1).double().numpy()
-    wide = tuple(n + MARGIN for n in shape)
+    wide = _torus(shape)
     kernel = np.fft.ifftn(variance(wide, SLOWEST) / 0.02).real
     index = np.indices(shape).reshape(3, -1)
     apart = (index[:, :, None] - index[:, None, :]) % np.array(wide)[:, None, None]
