@@ -378,8 +378,8 @@ class _Solver:
             system = self._slices(system, prior, level)
         if level == DECIDE:
             if self.width == "auto":
-                system = self._choose_width(system, prior)
-            elif self.width == "learned":
+                self._choose_width(system, prior)
+            if self.width == "learned":
                 self._learn(system, prior, self.state.paths)
         return system
 
@@ -400,18 +400,17 @@ class _Solver:
         light = replace(prior, weight=WIDTH_SHARE * prior.weight)
         self._rounds(system, light, Freedom(width=width, paths=paths), WIDTH_ROUNDS)
 
-    def _choose_width(self, system: System, prior: Prior) -> System:
+    def _choose_width(self, system: System, prior: Prior) -> None:
         """Learn the width of the profile if held-out voxels tell that the stated one is wrong.
 
-        The same rounds are taken with and without it.  Where it stays as stated, nothing of
-        either is kept.  Slices that all lie the same way see no other's profile, point samples
+        The same rounds are taken with and without it; nothing of either is kept.  Slices that all lie the same way see no other's profile, point samples
         have none, and a profile that was measured is known.
         """
         acquisition = self.job.settings.acquisition
         known = acquisition.profile == "none" or acquisition.profile_file is not None
         self.width = "stated"
         if known or not _crossed(system):
-            return system
+            return
         start, volume = State.of(system, self.state.paths), self._volume
         steps, errors = list(self.info["pose_steps_mm"]), {}
         for name in ("stated", "learned"):
@@ -422,10 +421,8 @@ class _Solver:
             errors[name] = self._held_out(State.of(trial, paths))
         self.info["held_out_by_width"] = errors
         if errors["learned"] < TRUER * errors["stated"]:
-            self.width, self.state = "learned", State.of(trial, paths)
-            return trial
+            self.width = "learned"
         self.volume, self.info["pose_steps_mm"] = volume, steps
-        return system
 
     def _slices(self, system: System, prior: Prior, level: float) -> System:
         """Go on with slices that move one by one; at ``DECIDE``, see whether they do."""
