@@ -403,8 +403,9 @@ class _Solver:
     def _choose_width(self, system: System, prior: Prior) -> None:
         """Learn the width of the profile if held-out voxels tell that the stated one is wrong.
 
-        The same rounds are taken with and without it; nothing of either is kept.  Slices that all lie the same way see no other's profile, point samples
-        have none, and a profile that was measured is known.
+        The same rounds are taken with and without it; nothing of either is kept.  Slices that
+        all lie the same way see no other's profile, point samples have none, and a profile that
+        was measured is known.
         """
         acquisition = self.job.settings.acquisition
         known = acquisition.profile == "none" or acquisition.profile_file is not None
