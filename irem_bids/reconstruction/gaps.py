@@ -9,8 +9,8 @@ power c |2 pi k|^-3) the most likely one, given the stacks, is
 
 the Wiener filter for samples with gaps (kriging, in geostatistics).  The weight of the penalty has
 no unit, and is the same on every grid.  Solved coarse to fine by conjugate gradients on waves
-that are scaled so that the data and the penalty together weigh all of them alike:
-(d + sigma^2 / c |2 pi k|^3)^{1/2} x, with d the stacks' weight per voxel.
+that are scaled to be about alike: (d / 1000 + sigma^2 / c |2 pi k|^3)^{1/2} x, with d the stacks'
+weight per voxel.  With all of d, what no slice comes near is slow; without it, the rest is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ POWER = 3.0  # of the frequency
 SLOWEST = 0.01  # cycles per voxel, added in squares: the mean, too, has a finite power
 LEAST = 1e-3  # of the penalty's weight: less changes the image by 0.01 dB, but takes longer
 MARGIN = 16  # voxels beside the grid at least, since the waves go round
+SEEN = 1e-3  # of the data's weight, in the scale of the waves
 ITERATIONS = {2.0: 40, 1.0: 40}  # by voxels of a level's grid over the result's
 
 
@@ -89,7 +90,7 @@ def _most_likely(system: System, start: Tensor, weight: float, iterations: int) 
     place = tuple(slice(MARGIN // 2, MARGIN // 2 + n) for n in shape)
     k = (_frequencies(wide, start.device) ** 2 + SLOWEST**2).sqrt()
     penalty = weight * (2 * math.pi * k) ** POWER
-    whole = penalty + sum(density(system))
+    whole = penalty + SEEN * sum(density(system))
     root, share = whole.sqrt(), penalty / whole
     twice = torch.full_like(root, 2.0)  # waves that stand for their opposites, too
     twice[:, :, 0] = 1.0
