@@ -103,7 +103,7 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     ``SliceWeights`` are null for slices without foreground; ``SliceMotion`` holds rotation
     vectors (rad, RAS+ axes) about ``SliceMotionPivot``, then translations (mm), beyond the
     stack's pose; ``EstimatedSliceThickness`` is the width of the profile, mm; ``Network`` says
-    how the held-out voxels judged it, ``BetweenSlices`` how gaps were bridged.
+    how the held-out voxels judged it, ``SpectrumShare`` how gaps were bridged.
     """
     fit = _read_json(result.methods[method] / "fit.json")
     places = _read_json(result.prepared / "step.json").get("slices", {})
@@ -120,8 +120,8 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     info = fit.get("info", {})
     if network := info.get("network"):
         found["Network"] = network
-    if len(info.get("rehearsed_error", {})) > 1:
-        found["BetweenSlices"] = info["image"]
+    if "spectrum_share" in info:
+        found["SpectrumShare"] = round(info["spectrum_share"], 3)
     if fit.get("slice_weights"):
         found["SliceWeights"] = {k: whole(k, v) for k, v in fit["slice_weights"].items()}
     if fit.get("slice_motion"):

@@ -11,11 +11,17 @@ the Wiener filter for samples with gaps (kriging, in geostatistics).  The weight
 no unit, and is the same on every grid.  Solved coarse to fine by conjugate gradients on waves
 that are scaled to be about alike: (d / 1000 + sigma^2 / c |2 pi k|^3)^{1/2} x, with d the stacks'
 weight per voxel.  With all of d, what no slice comes near is slow; without it, the rest is.
+
+Both images are used, by shares: that of this one is the geometric mean of two.  One is best for
+the head turned and scanned again (:mod:`.rehearsal`), whose truth has the plateaus of total
+variation; the other for the held-out voxels, which lie in holes of slices that are otherwise
+whole, and where total variation does worse than between slices.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -54,6 +60,14 @@ def joined(job: Job, state: State, start: Tensor) -> Tensor:
         volume, last = carry(volume, last, grid), grid
         volume = _most_likely(build_system(job, grid, state), volume, weight, iterations)
     return volume
+
+
+def share_of(edges: Sequence[Tensor], spectrum: Sequence[Tensor]) -> float:
+    """The w, 0 to 1, for which the errors (1 - w) ``edges`` + w ``spectrum`` are smallest."""
+    apart = [(a - b).double() for a, b in zip(edges, spectrum, strict=True)]
+    square = sum(float((d**2).sum()) for d in apart)
+    product = sum(float((a * d).sum()) for a, d in zip(edges, apart, strict=True))
+    return min(max(product / square, 0.0), 1.0) if square > 0 else 0.0
 
 
 def _torus(shape: tuple[int, ...]) -> tuple[int, ...]:

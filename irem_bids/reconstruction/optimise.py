@@ -22,13 +22,13 @@ from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .consistency import reconciled
 from .fields import Field, GridField, ResidualField, load_model, save_model
-from .gaps import joined, leave_gaps
+from .gaps import joined, leave_gaps, share_of
 from .geometry import Grid, RigidTransform, mean_pose
 from .linear import System, restored
 from .metrics import MAD_TO_SIGMA
 from .prepare import Prepared, write_json
 from .registration import ncc
-from .rehearsal import Image, rehearse
+from .rehearsal import Example, rehearse
 from .repeatable import repeatable, small_matrices
 from .sample import evaluate, sample
 from .solution import Job, Linear, Prediction, Progress, State, build_system, solve_linear
@@ -239,21 +239,11 @@ def _fit_irem(job: Job) -> Fit:
         generator=torch.Generator().manual_seed(job.settings.run.random_seed),
     )
     system = build_system(job, job.grid, linear.state)
-    noise = _noise(system, linear.volume)
-    if not np.isfinite(noise).all():
-        raise FloatingPointError("the stacks hold numbers that are not finite")
-    images: dict[str, Image] = {"edges": lambda job, state, volume: volume}
-    if leave_gaps(system):
-        images["spectrum"] = joined
-    rehearsed = len(images) > 1 or options.steps > 0
-    examples = rehearse(job, linear, noise, images) if rehearsed else {}
-    errors = {name: example.error for name, example in examples.items()}
-    chosen = min(errors, key=lambda name: errors[name], default="edges")
-    linear.volume = images[chosen](job, linear.state, linear.volume)
+    example = _rehearsed(job, linear, system)
     field.base.volume.copy_(linear.volume)
     training = Training(
         field,
-        examples.get(chosen),
+        example,
         _held_out(job, linear),
         lambda guess: reconciled(system, guess),
         job.settings,
@@ -262,13 +252,37 @@ def _fit_irem(job: Job) -> Fit:
     path = None if job.checkpoint is None else job.checkpoint / "training.safetensors"
     training.run(path, job.settings.run.checkpoint_seconds, job.part(0.5, 1.0, "training"))
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
-    info |= {"image": chosen, "rehearsed_error": errors, "network": _use_of(training)}
-    info["doubts"] = training.doubts
+    info |= {"network": _use_of(training), "doubts": training.doubts}
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
     found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}
     if linear.info.get("motion") == "slice":
         found["slice_poses"] = linear.state.poses
     return _result(job, "irem", field, poses=_stack_poses(job, linear.state), **found)
+
+
+def _rehearsed(job: Job, linear: Linear, system: System) -> Example | None:
+    """What the network learns from; where slices leave gaps, they are bridged before."""
+    noise = _noise(system, linear.volume)
+    if not np.isfinite(noise).all():
+        raise FloatingPointError("the stacks hold numbers that are not finite")
+    others = [joined] if leave_gaps(system) else []
+    if not others and not job.settings.irem.steps:
+        return None
+    examples = rehearse(job, linear, noise, others)
+    if len(examples) < 2:
+        return examples[0] if examples else None
+    edges, spectrum = examples
+    image = joined(job, linear.state, linear.volume)
+    shares = [share_of([edges.missed], [spectrum.missed])]
+    held = Prediction(job, job.grid, linear.state, list(job.prepared.held_out))
+    if any(len(model.values) for model in held.models):
+        shares.append(share_of(held.residuals(linear.volume), held.residuals(image)))
+    share = float(np.prod(shares) ** (1 / len(shares)))
+    both = edges.blended(spectrum, share)
+    linear.volume = linear.volume.lerp(image, share)
+    errors = {"edges": edges.error, "spectrum": spectrum.error, "both": both.error}
+    linear.info |= {"spectrum_share": share, "rehearsed_error": errors}
+    return both
 
 
 def _use_of(training: Training) -> str:

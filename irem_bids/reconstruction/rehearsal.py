@@ -10,7 +10,7 @@ the subject's own stacks is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,15 +49,25 @@ class Example:
     unseen: Callable[[tuple[int, int, int]], Tensor]
 
     @property
+    def missed(self) -> Tensor:
+        """(N,) what was missed where it counts."""
+        return self.missing[self.mask]
+
+    @property
     def error(self) -> float:
         """Mean square of what was missed, scaled intensity, where it counts."""
-        return float((self.missing[self.mask].double() ** 2).mean()) if self.mask.any() else 0.0
+        return float((self.missed.double() ** 2).mean()) if self.mask.any() else 0.0
+
+    def blended(self, other: Example, share: float) -> Example:
+        """With so large a share of the other's solution."""
+        solution = self.solution.lerp(other.solution, share)
+        return replace(self, solution=solution, missing=self.missing.lerp(other.missing, share))
 
 
 def rehearse(
-    job: Job, linear: Linear, noise: Sequence[float], images: Mapping[str, Image]
-) -> dict[str, Example]:
-    """What each of ``images`` makes of the block in the middle of the head.
+    job: Job, linear: Linear, noise: Sequence[float], others: Sequence[Image] = ()
+) -> list[Example]:
+    """What the solver, and then each of ``others``, makes of the block in the middle of the head.
 
     ``noise``: standard deviation, per stack.  Empty where a stack has next to nothing in it.
     """
@@ -67,7 +77,7 @@ def rehearse(
     for number, stack in enumerate(job.prepared.stacks):
         scan = _scanned(job, linear.state, number, block, turned)
         if scan is None:
-            return {}
+            return []
         data = scan.data + np.float32(noise[number]) * random.standard_normal(
             scan.data.shape, dtype=np.float32
         )
@@ -86,9 +96,8 @@ def rehearse(
     solution = _solved(part, system, prior)
     truth = torch.from_numpy(np.ascontiguousarray(turned.image[::2, ::2, ::2])).to(job.device)
     counts = torch.from_numpy(mask).to(job.device)
-    made = {name: image(part, _still(linear.state), solution) for name, image in images.items()}
-    spectrum = partial(unseen, system)
-    return {name: Example(x, truth - x, counts, spectrum) for name, x in made.items()}
+    made = [solution, *(other(part, _still(linear.state), solution) for other in others)]
+    return [Example(x, truth - x, counts, partial(unseen, system)) for x in made]
 
 
 @dataclass(frozen=True)

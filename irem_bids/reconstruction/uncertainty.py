@@ -84,8 +84,8 @@ def standard_deviation(
         progress=job.part(0, 1, "repeat"),
         image=restored if result.method == "irem" else solve,
     )
-    if result.info.get("image") == "spectrum":
-        linear.volume = joined(again, state, linear.volume)
+    if spectrum := result.info.get("spectrum_share", 0.0):
+        linear.volume = linear.volume.lerp(joined(again, state, linear.volume), spectrum)
     error = (volume - linear.volume).cpu().numpy()
     system = build_system(job, grid, state)
     share = _share(job, state, system)

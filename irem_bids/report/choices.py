@@ -12,7 +12,7 @@ from .wording import number, table
 ASKED = {
     "motion": "Slices move one by one",
     "width": "Width of the slice profiles",
-    "image": "Gaps between slices",
+    "spectrum_share": "Gaps between slices",
     "network": "Network",
 }
 #: What was chosen, in words; anything else stands as it is.
@@ -21,21 +21,20 @@ WORDS = {
     ("motion", "slice"): "yes",
     ("width", "stated"): "as stated",
     ("width", "learned"): "learned",
-    ("image", "edges"): "bridged by edges (total variation)",
-    ("image", "spectrum"): "bridged by the spectrum",
 }
 ERRORS = {
     "motion": "held_out_by_motion",
     "width": "held_out_by_width",
-    "image": "rehearsed_error",
+    "spectrum_share": "rehearsed_error",
 }
 MEANING = (
     "What the data chose",
     "Mean squared errors, scaled intensity: of the held-out voxels, for gaps of a block of the "
-    "head that was turned and scanned again. Slices are taken to move one by one only where that "
-    "lowers the error by 15 %, and a width to be other than stated where it lowers it by 1 %; "
-    "else the smaller error decides. The errors of motion and width are those at twice the voxel "
-    "of the result.",
+    "head that was turned and scanned again (the share of the spectrum is the geometric mean of "
+    "those that it and the held-out voxels ask for). Slices are taken to move one by one only "
+    "where that lowers the error by 15 %, and a width to be other than stated where it lowers it "
+    "by 1 %; else the smaller error decides. The errors of motion and width are those at twice "
+    "the voxel of the result.",
 )
 
 
@@ -44,14 +43,14 @@ def table_of(material: Material) -> dict[str, Any]:
     return table(
         (("Method", ""), ("Question", ""), ("Chosen", ""), ("Error with each", "")),
         (
-            (result.name, ASKED[name], WORDS.get((name, chosen), chosen), _listed(errors))
+            (result.name, ASKED[name], _worded(name, chosen), _listed(errors))
             for result in material.methods.values()
             for name, chosen, errors in _choices(result)
         ),
     )
 
 
-def _choices(result: MethodResult) -> list[tuple[str, str, Mapping[str, float]]]:
+def _choices(result: MethodResult) -> list[tuple[str, Any, Mapping[str, float]]]:
     """(what, chosen, error of each) where there was more than one to choose from."""
     found = []
     for name in ASKED:
@@ -60,8 +59,14 @@ def _choices(result: MethodResult) -> list[tuple[str, str, Mapping[str, float]]]
             judged = result.history.get("held_out") or [0.0]
             errors = {"without": judged[0], "with": judged[-1]} if len(judged) > 1 else {}
         if name in result.info and isinstance(errors, Mapping) and len(errors) > 1:
-            found.append((name, str(result.info[name]), errors))
+            found.append((name, result.info[name], errors))
     return found
+
+
+def _worded(name: str, chosen: Any) -> str:
+    if name == "spectrum_share":
+        return f"bridged by edges (total variation), {100 * chosen:.0f} % by the spectrum"
+    return WORDS.get((name, chosen), str(chosen))
 
 
 def _listed(errors: Mapping[str, float]) -> str:

@@ -174,8 +174,9 @@ def _irem(settings: Settings) -> str:
         f"function through the slice ({_profile(settings)}), and the function stands on a "
         "profile-aware linear solution [@gholipour2010robust; @ebner2020automated], to which a "
         "Bregman iteration returns the contrast that its penalty takes [@osher2005iterative]. "
-        "Where slices leave gaps, it is the most likely image of a scale-free spectrum, if that "
-        "recovers more of a block of the head, turned and scanned again."
+        "Where slices leave gaps, it is blended with the most likely image of a scale-free "
+        "spectrum, by the geometric mean of the shares that recover most of a block of the head, "
+        "turned and scanned again, and that predict the held-out voxels best."
         + refine
         + _network(settings)
     )

@@ -44,7 +44,7 @@ def result(tmp_path: Path) -> Result:
     fit = json.loads((inp.methods["irem"] / "fit.json").read_text())
     moved = RigidTransform.from_vector([0, 0, 0, 0.5, 0, 0])
     fit["poses"]["coronal1"] = (moved @ RigidTransform(fit["poses"]["coronal1"])).matrix.tolist()
-    fit["info"]["network"] = "reconciled"
+    fit["info"] |= {"network": "reconciled", "spectrum_share": 0.61803}
     write_json(inp.methods["irem"] / "fit.json", fit)
     return Result(
         inp.group,
@@ -157,6 +157,7 @@ def test_sidecar_says_what_was_used(result: Result, tmp_path: Path) -> None:
     assert sidecar["Metrics"]["held_out_psnr"] == 30.0
     assert sidecar["RandomSeed"] == 2021
     assert sidecar["Network"] == "reconciled"
+    assert sidecar["SpectrumShare"] == 0.618
     assert sidecar["Versions"] == {"irem-bids": "0.1.0"}
     assert sidecar["IremBids"]["Settings"]["irem"]["steps"] == Settings().irem.steps
     assert "device" not in json.dumps(sidecar["IremBids"]["Settings"])

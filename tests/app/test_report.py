@@ -546,7 +546,7 @@ def test_what_the_data_chose_is_told_with_its_errors():
     info = {
         "motion": "stack", "held_out_by_motion": {"stack": 0.002, "slice": 0.0019},
         "width": "learned", "held_out_by_width": {"stated": 0.002, "learned": 0.0015},
-        "image": "edges", "rehearsed_error": {"edges": 0.001},
+        "spectrum_share": 0.618, "rehearsed_error": {"edges": 0.002, "spectrum": 0.001},
         "network": "not used",
     }  # fmt: skip
     result = report_material.MethodResult(
@@ -558,6 +558,8 @@ def test_what_the_data_chose_is_told_with_its_errors():
         ["irem", "Slices move one by one", "no, each stack as a whole",
          "slice 0.0019, stack 0.002"],
         ["irem", "Width of the slice profiles", "learned", "learned 0.0015, stated 0.002"],
+        ["irem", "Gaps between slices", "bridged by edges (total variation), 62 % by the spectrum",
+         "edges 0.002, spectrum 0.001"],
         ["irem", "Network", "not used", "with 0.0012, without 0.0012"],
     ]  # fmt: skip
     stacks, names = tables._per_stack(material, {})
