@@ -272,14 +272,10 @@ def _rehearsed(job: Job, linear: Linear, system: System) -> Example | None:
     if len(examples) < 2:
         return examples[0] if examples else None
     edges, spectrum = examples
-    image = joined(job, linear.state, linear.volume)
-    shares = [share_of([edges.missed], [spectrum.missed])]
-    held = Prediction(job, job.grid, linear.state, list(job.prepared.held_out))
-    if any(len(model.values) for model in held.models):
-        shares.append(share_of(held.residuals(linear.volume), held.residuals(image)))
-    share = float(np.prod(shares) ** (1 / len(shares)))
+    share = share_of(edges.missed, spectrum.missed)
     both = edges.blended(spectrum, share)
-    linear.volume = linear.volume.lerp(image, share)
+    if share > 0:
+        linear.volume = linear.volume.lerp(joined(job, linear.state, linear.volume), share)
     errors = {"edges": edges.error, "spectrum": spectrum.error, "both": both.error}
     linear.info |= {"spectrum_share": share, "rehearsed_error": errors}
     return both

@@ -30,11 +30,10 @@ ERRORS = {
 MEANING = (
     "What the data chose",
     "Mean squared errors, scaled intensity: of the held-out voxels, for gaps of a block of the "
-    "head that was turned and scanned again (the share of the spectrum is the geometric mean of "
-    "those that it and the held-out voxels ask for). Slices are taken to move one by one only "
-    "where that lowers the error by 15 %, and a width to be other than stated where it lowers it "
-    "by 1 %; else the smaller error decides. The errors of motion and width are those at twice "
-    "the voxel of the result.",
+    "head that was turned and scanned again. Slices are taken to move one by one only where that "
+    "lowers the error by 15 %, and a width to be other than stated where it lowers it by 1 %; "
+    "else the smaller error decides. The errors of motion and width are those at twice the voxel "
+    "of the result.",
 )
 
 

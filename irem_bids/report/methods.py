@@ -175,10 +175,8 @@ def _irem(settings: Settings) -> str:
         "profile-aware linear solution [@gholipour2010robust; @ebner2020automated], to which a "
         "Bregman iteration returns the contrast that its penalty takes [@osher2005iterative]. "
         "Where slices leave gaps, it is blended with the most likely image of a scale-free "
-        "spectrum, by the geometric mean of the shares that recover most of a block of the head, "
-        "turned and scanned again, and that predict the held-out voxels best."
-        + refine
-        + _network(settings)
+        "spectrum, by a share that depends on what either recovers of a block of the head, turned "
+        "and scanned again." + refine + _network(settings)
     )
 
 
