@@ -64,7 +64,7 @@ def _choices(result: MethodResult) -> list[tuple[str, Any, Mapping[str, float]]]
 
 def _worded(name: str, chosen: Any) -> str:
     if name == "spectrum_share":
-        return f"bridged by edges (total variation), {100 * chosen:.0f} % by the spectrum"
+        return f"bridged {100 * chosen:.0f} % by the spectrum, else by edges (total variation)"
     return WORDS.get((name, chosen), str(chosen))
 
 

@@ -558,7 +558,8 @@ def test_what_the_data_chose_is_told_with_its_errors():
         ["irem", "Slices move one by one", "no, each stack as a whole",
          "slice 0.0019, stack 0.002"],
         ["irem", "Width of the slice profiles", "learned", "learned 0.0015, stated 0.002"],
-        ["irem", "Gaps between slices", "bridged by edges (total variation), 62 % by the spectrum",
+        ["irem", "Gaps between slices",
+         "bridged 62 % by the spectrum, else by edges (total variation)",
          "edges 0.002, spectrum 0.001"],
         ["irem", "Network", "not used", "with 0.0012, without 0.0012"],
     ]  # fmt: skip
