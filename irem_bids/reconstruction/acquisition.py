@@ -282,6 +282,8 @@ class StackModel:
         (3,) of the slices, scanner space.
     gap
         Voxels of the volume between two slices that neither sees; 0 where they meet.
+    apart
+        Spacing of the slices over their thickness.
     """
 
     def __init__(
@@ -345,6 +347,7 @@ class StackModel:
         self._axis = stack.slice_axis
         between = spacing - float(np.ptp(profile.offsets)) - 2 * voxel
         self.gap = max(0.0, between / voxel)
+        self.apart = spacing / stack.slice_thickness
         self.normal = directions[:, stack.slice_axis]
         thin = np.ascontiguousarray(profile.weights / profile.weights.sum(), np.float32)
         self._lattice_taps = Taps(fine, (coarse[0], coarse[1], coarse[2]), thin)

@@ -33,12 +33,14 @@ SLOWEST = 0.01  # cycles per voxel, added in squares: the mean, too, has a finit
 LEAST = 1e-3  # of the penalty's weight: less changes the image by 0.01 dB, but takes longer
 MARGIN = 16  # voxels beside the grid at least, since the waves go round
 SEEN = 1e-3  # of the data's weight, in the scale of the waves
+APART = 1.99  # of the slice thickness: gaps as wide as the slices; half as wide, it gains nothing
 ITERATIONS = {2.0: 40, 1.0: 40}  # by voxels of a level's grid over the result's
 
 
 def leave_gaps(system: System) -> bool:
-    """Whether the slices of every stack leave voxels between them that none sees."""
-    return all(model.gap > 0 for model in system.models)
+    """Whether the slices of every stack leave voxels between them that none sees, or as much as
+    they cover."""
+    return all(model.gap > 0 or model.apart >= APART for model in system.models)
 
 
 def joined(job: Job, state: State, start: Tensor) -> Tensor:

@@ -187,7 +187,17 @@ def test_slices_that_meet_have_no_gaps() -> None:
     protocol = Protocol(thickness=9.0, profile="box")
     meeting = prepare([s.stack for s in simulate(*head((24, 28, 24), 3.0), protocol)], thick)
     job = Job(meeting, output_grid(meeting, thick.output), thick, "cpu", None, None)
-    assert not leave_gaps(build_system(job, job.grid, State.registered(meeting)))
+    system = build_system(job, job.grid, State.registered(meeting))
+    assert not leave_gaps(system)
+    for wide, protocol in (
+        (False, Protocol(thickness=6.0, gap=3.0, profile="box")),
+        (True, Protocol(thickness=6.0, gap=6.0, profile="box")),
+    ):
+        apart = prepare([s.stack for s in simulate(*head((24, 28, 24), 3.0), protocol)], thick)
+        job = Job(apart, output_grid(apart, thick.output), thick, "cpu", None, None)
+        system = build_system(job, job.grid, State.registered(apart))
+        assert [model.gap for model in system.models] == [0.0] * 3
+        assert leave_gaps(system) == wide
 
 
 @pytest.mark.gpu
