@@ -22,10 +22,12 @@ import math
 import numpy as np
 import torch
 from scipy.fft import next_fast_len
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from .consistency import density
 from .linear import System
+from .masks import output_mask
 from .solution import Job, State, build_system, carry
 
 POWER = 3.0  # of the frequency
@@ -34,6 +36,7 @@ LEAST = 1e-3  # of the penalty's weight: less changes the image by 0.01 dB, but 
 MARGIN = 16  # voxels beside the grid at least, since the waves go round
 SEEN = 1e-3  # of the data's weight, in the scale of the waves
 APART = 1.99  # of the slice thickness: gaps as wide as the slices; half as wide, it gains nothing
+FADE = 1.0  # voxels: standard deviation of the Gaussian that fades it out at the head's edge
 ITERATIONS = {2.0: 40, 1.0: 40}  # by voxels of a level's grid over the result's
 
 
@@ -58,6 +61,18 @@ def joined(job: Job, state: State, start: Tensor) -> Tensor:
         volume, last = carry(volume, last, grid), grid
         volume = _most_likely(build_system(job, grid, state), volume, weight, iterations)
     return volume
+
+
+def blended(job: Job, state: State, volume: Tensor, share: float) -> Tensor:
+    """The volume (X, Y, Z) with so large a share of the most likely image.
+
+    Within the head: of air the spectrum knows nothing, and would leave a glow there.
+    """
+    if share == 0:
+        return volume
+    head = gaussian_filter(output_mask(job.prepared, job.grid).astype(np.float32), FADE)
+    each = torch.from_numpy(share * head).to(volume.device)
+    return volume.lerp(joined(job, state, volume), each)
 
 
 def share_of(edges: Tensor, spectrum: Tensor) -> float:

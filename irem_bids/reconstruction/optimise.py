@@ -22,7 +22,7 @@ from .baselines import bspline, without
 from .checkpoint import load_state, save_state
 from .consistency import reconciled
 from .fields import Field, GridField, ResidualField, load_model, save_model
-from .gaps import joined, leave_gaps, share_of
+from .gaps import blended, joined, leave_gaps, share_of
 from .geometry import Grid, RigidTransform, mean_pose
 from .linear import System, restored
 from .metrics import MAD_TO_SIGMA
@@ -274,8 +274,7 @@ def _rehearsed(job: Job, linear: Linear, system: System) -> Example | None:
     edges, spectrum = examples
     share = share_of(edges.missed, spectrum.missed)
     both = edges.blended(spectrum, share)
-    if share > 0:
-        linear.volume = linear.volume.lerp(joined(job, linear.state, linear.volume), share)
+    linear.volume = blended(job, linear.state, linear.volume, share)
     errors = {"edges": edges.error, "spectrum": spectrum.error, "both": both.error}
     linear.info |= {"spectrum_share": share, "rehearsed_error": errors}
     return both

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..settings import Settings
 from .acquisition import quadrature
-from .gaps import joined, leave_gaps
+from .gaps import blended, leave_gaps
 from .geometry import Grid
 from .linear import System, restored, solve
 from .optimise import Fit
@@ -84,8 +84,7 @@ def standard_deviation(
         progress=job.part(0, 1, "repeat"),
         image=restored if result.method == "irem" else solve,
     )
-    if spectrum := result.info.get("spectrum_share", 0.0):
-        linear.volume = linear.volume.lerp(joined(again, state, linear.volume), spectrum)
+    linear.volume = blended(again, state, linear.volume, result.info.get("spectrum_share", 0.0))
     error = (volume - linear.volume).cpu().numpy()
     system = build_system(job, grid, state)
     share = _share(job, state, system)
