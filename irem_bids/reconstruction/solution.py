@@ -47,6 +47,8 @@ FINE_ROUNDS = 3  # of stack poses on the result's grid
 WIDTH_ROUNDS = 3
 SEEK_ROUNDS = 8  # of the slices that do not fit, each by itself
 BAD = 0.5  # weight of a slice below which its pose is that between its neighbours in time
+UNSEEN = 3e-3  # of a stack: a voxel of which no more is seen stays 0
+FAINT = 0.5  # of a stack: one that is seen less starts fainter, the last time
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
 
@@ -190,17 +192,12 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
     lies half-way to its neighbours.
     """
     prepared, models = job.prepared, []
-    near = torch.zeros(grid.shape, device=job.device)
-    rows = zip(prepared.stacks, job.uses, prepared.held_out, state.poses, state.widths, strict=True)
-    for stack, use, held, poses, width in rows:
-        size = float(grid.voxel_size[0])
-        small, where, counts = binned(stack, use, size)
+    rows = zip(prepared.stacks, job.uses, state.poses, state.widths, strict=True)
+    for stack, use, poses, width in rows:
+        small, where, counts = binned(stack, use, float(grid.voxel_size[0]))
         model = StackModel(small, where, grid, job.settings.acquisition, job.device, counts)
         model.set_poses(poses, width)
         models.append(model)
-        near += _coverage(model)
-        if model.gap > 0:
-            near += _coverage(without_gaps(job, grid, stack, use | held, poses))
     noise = np.array([prepared.metrics["noise"][s.label] for s in prepared.stacks])
     variance = np.maximum(noise, 1e-4) ** 2
     confidence = np.clip(variance.mean() / variance, 0.25, 4.0)
@@ -209,29 +206,37 @@ def build_system(job: Job, grid: Grid, state: State) -> System:
         list(state.receivers),
         [float(c) for c in confidence],
         [np.array(w) for w in state.slice_weights],
-        (near > 1e-3).float(),
+        (seen_by(job, models) > UNSEEN).float(),
         prepared.reference,
     )
 
 
-def without_gaps(
-    job: Job, grid: Grid, stack: Stack, use: NDArray[np.bool_], poses: NDArray[np.float64]
+def seen_by(job: Job, models: Sequence[StackModel]) -> Tensor:
+    """(X, Y, Z) how many stacks see a voxel of the models' grid, by what slices hold of it.
+
+    Where slices leave gaps, each counts as if it reached half-way to its neighbours.
+    """
+    grid, prepared = models[0].grid, job.prepared
+    total = torch.zeros(grid.shape, device=job.device)
+    rows = zip(models, prepared.stacks, job.uses, prepared.held_out, strict=True)
+    for model, stack, use, held in rows:
+        whole = model if model.gap == 0 else _without_gaps(job, grid, stack, use | held, model)
+        parts = torch.zeros((whole.parts, *grid.shape), device=job.device)
+        whole.spread(whole.counts, parts)
+        total += parts.sum(0) * float(np.prod(stack.grid.voxel_size / grid.voxel_size))
+    return total
+
+
+def _without_gaps(
+    job: Job, grid: Grid, stack: Stack, use: NDArray[np.bool_], model: StackModel
 ) -> StackModel:
-    """The stack as if each slice in ``use`` reached half-way to its neighbours."""
     small, where, counts = binned(stack, use, float(grid.voxel_size[0]))
     spacing = float(small.grid.voxel_size[small.slice_axis])
     box = replace(job.settings.acquisition, profile="box", profile_file=None)
     thick = replace(small, slice_thickness=spacing)
-    model = StackModel(thick, where, grid, box, job.device, counts)
-    model.set_poses(poses)
-    return model
-
-
-def _coverage(model: StackModel) -> Tensor:
-    """(X, Y, Z) how much of a stack each voxel of the volume has."""
-    parts = torch.zeros((model.parts, *model.grid.shape), device=model.device)
-    model.spread(torch.ones_like(model.values), parts)
-    return parts.sum(0)
+    whole = StackModel(thick, where, grid, box, job.device, counts)
+    whole.set_poses(model.poses)
+    return whole
 
 
 class Prediction:
@@ -336,7 +341,9 @@ class _Solver:
         iterations = options.srr_iterations // 2 if self.refined else options.srr_iterations
         self.volume = self.image(
             system,
-            self._volume,
+            # what only the tails of slices see may hold what the acquisition left unexplained
+            # before it was found, and no later iteration would take it back
+            self._volume * (seen_by(self.job, system.models) / FAINT).clamp(max=1),
             prior,
             iterations=max(iterations, options.srr_reweightings),
             reweightings=options.srr_reweightings,

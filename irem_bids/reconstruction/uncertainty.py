@@ -39,17 +39,16 @@ from ..settings import Settings
 from .acquisition import quadrature
 from .gaps import blended, leave_gaps
 from .geometry import Grid
-from .linear import System, restored, solve
+from .linear import restored, solve
 from .optimise import Fit
 from .prepare import Prepared
-from .solution import Job, Prediction, Progress, State, build_system, solve_linear, without_gaps
+from .solution import Job, Prediction, Progress, State, build_system, seen_by, solve_linear
 from .stack import Mask
 
 PASSED, SUPPRESSED = 0.6, 0.25  # of the power of a wave, by the slice profile
 SHELL = 0.0125  # width of the shells of |k|, cycles per voxel
 SMOOTH = 2.0  # voxels: standard deviation of the Gaussian that averages squared errors
 LEAST_SHARE = 0.25  # of the stacks: fewer count as this many
-UNSEEN = 1e-3  # of the stacks
 ITERATIONS = {"srr_iterations": 16, "srr_reweightings": 2}
 
 
@@ -87,8 +86,8 @@ def standard_deviation(
     linear.volume = blended(again, state, linear.volume, result.info.get("spectrum_share", 0.0))
     error = (volume - linear.volume).cpu().numpy()
     system = build_system(job, grid, state)
-    share = _share(job, state, system)
-    seen = (share > UNSEEN).astype(np.float32)
+    share = (seen_by(job, system.models) / len(system.models)).cpu().numpy()
+    seen = system.domain.cpu().numpy()
     mean = gaussian_filter(seen * error**2, SMOOTH) / np.maximum(gaussian_filter(seen, SMOOTH), 0.1)
     repeated = mean / np.clip(share, LEAST_SHARE, 1)
     known = mask & (share > LEAST_SHARE)
@@ -192,16 +191,3 @@ def _repeated(job: Job, state: State, volume: Tensor) -> Prepared:
         data[tuple(model.index.T.astype(np.intp))] = values + signs * residual
         stacks.append(stack.with_data(data))
     return replace(job.prepared, stacks=tuple(stacks))
-
-
-def _share(job: Job, state: State, system: System) -> NDArray[np.float32]:
-    """(X, Y, Z) share of the stacks that see a voxel; gaps belong to the slices beside them."""
-    parts = system.empty_parts()
-    voxel = float(np.prod(job.grid.voxel_size))
-    full = 0.0
-    rows = zip(system.models, job.prepared.stacks, job.uses, state.poses, strict=True)
-    for seen, stack, use, poses in rows:
-        model = seen if seen.gap == 0 else without_gaps(job, job.grid, stack, use, poses)
-        model.spread(model.counts, parts)
-        full += voxel / float(np.prod(stack.grid.voxel_size))
-    return np.asarray((parts.sum(0) / full).cpu().numpy())

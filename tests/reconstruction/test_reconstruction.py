@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
 
 from irem_bids.reconstruction import fields
@@ -126,6 +127,26 @@ def test_methods_rank_as_they_should(
     found = {m: score(sample(f.field, grid), grid, truth, pose) for m, f in fits.items()}
     assert found["srr"] > found["bspline"] + 2
     assert found["irem"] > found["srr"] - 0.1
+
+
+@pytest.mark.parametrize("method", ["srr", "irem"])
+def test_air_that_only_the_tails_of_slices_see_stays_dark(
+    method: str,
+    truth: tuple[np.ndarray, Grid],
+    stacks: tuple[SimulatedStack, ...],
+    prepared: Prepared,
+    fits: dict[str, Fit],
+) -> None:
+    grid, pose = output_grid(prepared, SETTINGS.output), stacks[prepared.reference].pose
+    image = Stack("t", truth[0], truth[1], 2, 2.0, truth[0] > 0)
+    head_there, _ = resample_stack(image, pose.inverse(), grid)
+    volume = sample(fits[method].field, grid)
+    bright = np.quantile(volume[head_there > 20], 0.9)
+    away = distance_transform_edt(head_there < 1, sampling=grid.voxel_size)
+    beyond = (away > 6) & (away <= 12)
+    assert beyond.sum() > 1000
+    assert np.sqrt(np.mean(volume[beyond] ** 2)) < 0.01 * bright
+    assert np.abs(volume[beyond]).max() < 0.1 * bright
 
 
 def test_held_out_voxels_are_predicted(prepared: Prepared, fits: dict[str, Fit]) -> None:
