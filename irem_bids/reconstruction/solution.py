@@ -48,6 +48,7 @@ WIDTH_ROUNDS = 3
 SEEK_ROUNDS = 8  # of the slices that do not fit, each by itself
 BAD = 0.5  # weight of a slice below which its pose is that between its neighbours in time
 UNSEEN = 3e-3  # of a stack: a voxel of which no more is seen stays 0
+CLOSED = 1.01  # spacing of slices over their thickness: they leave gaps if it is more
 FAINT = 0.5  # of a stack: one that is seen less starts fainter, the last time
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
@@ -220,7 +221,8 @@ def seen_by(job: Job, models: Sequence[StackModel]) -> Tensor:
     total = torch.zeros(grid.shape, device=job.device)
     rows = zip(models, prepared.stacks, job.uses, prepared.held_out, strict=True)
     for model, stack, use, held in rows:
-        whole = model if model.gap == 0 else _without_gaps(job, grid, stack, use | held, model)
+        gaps = model.gap > 0 or model.apart > CLOSED
+        whole = _without_gaps(job, grid, stack, use | held, model) if gaps else model
         parts = torch.zeros((whole.parts, *grid.shape), device=job.device)
         whole.spread(whole.counts, parts)
         total += parts.sum(0) * float(np.prod(stack.grid.voxel_size / grid.voxel_size))
@@ -230,11 +232,13 @@ def seen_by(job: Job, models: Sequence[StackModel]) -> Tensor:
 def _without_gaps(
     job: Job, grid: Grid, stack: Stack, use: NDArray[np.bool_], model: StackModel
 ) -> StackModel:
+    """The stack with slices as thick as they are apart."""
     small, where, counts = binned(stack, use, float(grid.voxel_size[0]))
-    spacing = float(small.grid.voxel_size[small.slice_axis])
-    box = replace(job.settings.acquisition, profile="box", profile_file=None)
-    thick = replace(small, slice_thickness=spacing)
-    whole = StackModel(thick, where, grid, box, job.device, counts)
+    acquisition = job.settings.acquisition
+    if acquisition.profile == "none" or acquisition.profile_file is not None:
+        acquisition = replace(acquisition, profile="box", profile_file=None)
+    thick = replace(small, slice_thickness=float(small.grid.voxel_size[small.slice_axis]))
+    whole = StackModel(thick, where, grid, acquisition, job.device, counts)
     whole.set_poses(model.poses)
     return whole
 

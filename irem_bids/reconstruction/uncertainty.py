@@ -11,17 +11,9 @@ wild bootstrap, Wu 1986), stand for noise and for what the model does not know; 
 are reconstructed again, and what that reconstruction R misses of x, x misses of the head.  s
 is the share of the stacks that see the voxel.
 
-L, by isotropy: detail that x itself has lost does not come back in R.  The power of a head
-depends little on the direction of a wave vector k; where some stack passes k well that power
-is seen, and what x has less where all stacks suppress k was lost:
-
-    L = sum over suppressed k of (mean power of the passed k of the same |k| - power of k)
-
-as a mean square over the head.
-
-Between slices that leave gaps R misses little of x, which is smooth there, and the head may hold
-what neither has.  There sd^2 is as many times as large as the held-out voxels, which lie in holes
-as wide as the gaps, ask for.
+L, by isotropy (:mod:`.isotropy`): detail that x itself has lost, or has taken for other detail
+where slices are too far apart to tell, does not come back in R.  The waves that some stack passes
+well say how much of it a head has; as a mean square over the head.
 """
 
 from __future__ import annotations
@@ -31,22 +23,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.fft import fftfreq, rfftn
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ..settings import Settings
-from .acquisition import quadrature
-from .gaps import blended, leave_gaps
+from .gaps import blended
 from .geometry import Grid
+from .isotropy import lost_power, passed_power, slicings
 from .linear import restored, solve
 from .optimise import Fit
 from .prepare import Prepared
 from .solution import Job, Prediction, Progress, State, build_system, seen_by, solve_linear
 from .stack import Mask
 
-PASSED, SUPPRESSED = 0.6, 0.25  # of the power of a wave, by the slice profile
-SHELL = 0.0125  # width of the shells of |k|, cycles per voxel
 SMOOTH = 2.0  # voxels: standard deviation of the Gaussian that averages squared errors
 LEAST_SHARE = 0.25  # of the stacks: fewer count as this many
 ITERATIONS = {"srr_iterations": 16, "srr_reweightings": 2}
@@ -91,77 +80,15 @@ def standard_deviation(
     mean = gaussian_filter(seen * error**2, SMOOTH) / np.maximum(gaussian_filter(seen, SMOOTH), 0.1)
     repeated = mean / np.clip(share, LEAST_SHARE, 1)
     known = mask & (share > LEAST_SHARE)
-    lost = lost_power(np.where(known, image, 0), passed_power(job)) * image.size
+    stacks = slicings(job)
+    passed = passed_power(stacks, grid.shape)
+    lost = lost_power(np.where(known, image, 0), passed, stacks) * image.size
     root = np.sqrt(repeated)
     if known.any() and root[known].any():
         repeated += lost / known.sum() * root / root[known].mean(dtype=np.float64)
-    if leave_gaps(system):
-        repeated *= _beyond(job, state, volume, repeated)
     out = np.sqrt(repeated)
     out[seen == 0] = np.sqrt(np.mean(image[mask] ** 2)) if mask.any() else 0.0
     return np.asarray(np.where(mask, out, 0), dtype=np.float32)
-
-
-def _beyond(job: Job, state: State, volume: Tensor, variance: NDArray[np.float32]) -> float:
-    """The squared error of the held-out voxels over ``variance`` (X, Y, Z) there; at least 1."""
-    held = Prediction(job, job.grid, state, list(job.prepared.held_out))
-    squares = torch.from_numpy(variance).to(volume.device)
-    expected = found = 0.0
-    rows = zip(held.models, held.residuals(volume), state.slice_weights, strict=True)
-    for model, residual, weights in rows:  # what is wrong with a bad slice is not the image's
-        each = torch.from_numpy(weights[model.slice_of_row]).to(volume.device)
-        expected += float((each * model.forward(squares)).sum())
-        found += float((each * residual.double() ** 2).sum())
-    return max(found / expected, 1.0) if expected > 0 else 1.0
-
-
-def passed_power(job: Job) -> NDArray[np.float32]:
-    """(X, Y, Z // 2 + 1) share of each wave's power that the best stack passes.
-
-    Of the waves of ``scipy.fft.rfftn`` on the job's grid; by the slice profiles alone.
-    """
-    grid = job.grid
-    x, y, z = (fftfreq(n) for n in grid.shape)
-    z = np.abs(z[: grid.shape[2] // 2 + 1])
-    best = np.zeros((len(x), len(y), len(z)), np.float32)
-    fine = np.linspace(0, 1, 201)  # |k| along a normal never exceeds 1 cycle per voxel
-    for stack, pose in zip(job.prepared.stacks, job.prepared.poses, strict=True):
-        size = float(grid.voxel_size[0])
-        profile = quadrature(job.settings.acquisition, stack.slice_thickness, size / 4)
-        phase = 2 * np.pi * np.multiply.outer(fine, profile.offsets / size)
-        power = (np.cos(phase) @ profile.weights) ** 2 + (np.sin(phase) @ profile.weights) ** 2
-        n = grid.directions.T @ (pose.matrix[:3, :3] @ stack.normal)
-        for number, kx in enumerate(x):
-            along = np.abs(n[0] * kx + n[1] * y[:, None] + n[2] * z[None, :])
-            best[number] = np.maximum(best[number], np.interp(along, fine, power))
-    return best
-
-
-def lost_power(image: NDArray[np.float32], passed: NDArray[np.float32]) -> float:
-    """Mean square (over all voxels of ``image``) of the detail that no stack passed: L."""
-    power = np.abs(rfftn(np.asarray(image, np.float32))) ** 2
-    counts = np.full(image.shape[2] // 2 + 1, 2.0)  # of k and -k, which rfftn leaves out
-    counts[0] = 1.0
-    if image.shape[2] % 2 == 0:
-        counts[-1] = 1.0
-    x, y = fftfreq(image.shape[0]), fftfreq(image.shape[1])
-    z = np.arange(len(counts)) / image.shape[2]
-    shells = int(1 / SHELL) + 1
-    seen, numbers, have, missing = (np.zeros(shells) for _ in range(4))
-    for i, kx in enumerate(x):
-        radius = np.sqrt(kx**2 + y[:, None] ** 2 + z[None, :] ** 2)
-        shell = np.minimum((radius / SHELL).astype(int), shells - 1)
-        twice = np.broadcast_to(counts, shell.shape)
-        well, badly = passed[i] > PASSED, passed[i] < SUPPRESSED
-        for where, values, total in (
-            (well, twice * power[i], seen),
-            (well, twice, numbers),
-            (badly, twice * power[i], have),
-            (badly, twice, missing),
-        ):
-            total += np.bincount(shell[where], values[where], minlength=shells)
-    wanted = seen / np.maximum(numbers, 1) * missing
-    return float(np.maximum(wanted - have, 0)[numbers > 0].sum() / image.size**2)
 
 
 def _state(prepared: Prepared, result: Fit) -> State:
