@@ -49,7 +49,7 @@ SEEK_ROUNDS = 8  # of the slices that do not fit, each by itself
 BAD = 0.5  # weight of a slice below which its pose is that between its neighbours in time
 UNSEEN = 3e-3  # of a stack: a voxel of which no more is seen stays 0
 CLOSED = 1.01  # spacing of slices over their thickness: they leave gaps if it is more
-FAINT = 0.5  # of a stack: one that is seen less starts fainter, the last time
+FAINT = 0.5  # of a stack: what is seen less is made anew before the last solution
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
 
@@ -345,9 +345,7 @@ class _Solver:
         iterations = options.srr_iterations // 2 if self.refined else options.srr_iterations
         self.volume = self.image(
             system,
-            # what only the tails of slices see may hold what the acquisition left unexplained
-            # before it was found, and no later iteration would take it back
-            self._volume * (seen_by(self.job, system.models) / FAINT).clamp(max=1),
+            self._settled(system, prior),
             prior,
             iterations=max(iterations, options.srr_reweightings),
             reweightings=options.srr_reweightings,
@@ -358,6 +356,22 @@ class _Solver:
             self.state = State.of(system, self.state.paths)
             self.info |= {"motion": self.motion, "width": self.width}
         return Linear(self._volume, self.state, self.info)
+
+    def _settled(self, system: System, prior: Prior) -> Tensor:
+        """The volume to begin the last solution with.
+
+        What only the tails of slices see may hold what was left unexplained before the
+        acquisition was found, and no later iteration would take it back; so it is made anew, on
+        a coarse grid, where that is quick.
+        """
+        if not self.refined:
+            return self._volume
+        job, grid = self.job, self.grid.resampled(DECIDE * float(self.grid.voxel_size[0]))
+        coarse = build_system(job, grid, State.of(system, None))
+        start = torch.zeros(grid.shape, device=job.device)
+        anew = solve(coarse, start, prior.on_grid(DECIDE), iterations=20, reweightings=2)
+        known = (seen_by(job, system.models) / FAINT).clamp(max=1)
+        return carry(anew, grid, self.grid).lerp(self._volume, known)
 
     @property
     def _volume(self) -> Tensor:
