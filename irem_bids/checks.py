@@ -101,6 +101,24 @@ def choose_work_dir(bids_dir: Path, output_dir: Path, given: str | None) -> Path
     )
 
 
+def check_profile(path: str | None) -> None:
+    """Refuse a measured slice profile that is missing (66) or no table of two columns (64)."""
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise UserError(
+            f"--profile-file {path}: there is no such file; expected a text file of two columns, "
+            "mm and response",
+            ExitCode.NO_INPUT,
+        )
+    from .reconstruction.acquisition import ProfileError, read_profile
+
+    try:
+        read_profile(path)
+    except ProfileError as error:
+        raise UserError(f"--profile-file {error}", ExitCode.USAGE) from error
+
+
 def check_resources(run: Run) -> None:
     """Refuse a memory size that is none or in another unit (64), a GPU that is not there (75)."""
     asked_memory_gb(run)

@@ -68,7 +68,7 @@ def _run(argv: Sequence[str]) -> ExitCode:
                 f"unknown analysis level {level!r}; expected {' or '.join(LEVELS)}",
                 ExitCode.UNKNOWN_LEVEL,
             )
-    from .checks import check_dataset, check_output
+    from .checks import check_dataset, check_output, check_profile
     from .config import read_config, with_absolute_paths
     from .resources import limit_threads
 
@@ -78,6 +78,7 @@ def _run(argv: Sequence[str]) -> ExitCode:
     bids_dir, output_dir = Path(arguments.bids_dir), Path(arguments.output_dir)
     check_dataset(bids_dir, strict=not settings.selection.skip_bids_validation)
     check_output(bids_dir, output_dir)
+    check_profile(settings.acquisition.profile_file)
     bids_dir, output_dir = bids_dir.resolve(), output_dir.resolve()
     settings = _with_work_dir(bids_dir, output_dir, settings)
     if arguments.boilerplate_only:

@@ -36,7 +36,7 @@ LOG = logging.getLogger("irem_bids")
 WAIT = 0.5  # s between two looks at what other runs work on
 PACKAGES = (
     "torch", "nipype", "pybids", "niworkflows", "nireports", "nilearn", "nibabel", "SimpleITK",
-    "numpy", "scipy", "pandas",
+    "numpy", "scipy", "numba",
 )  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def _run_cohort(
     warning = space.check_space(discovery.groups, settings, run.output_dir, run.work_dir)
     if warning:
         LOG.warning(warning)
-    dataset.write_dataset_files(run.output_dir, dataset_links(run.bids_dir, settings))
+    links = dataset_links(run.bids_dir, settings)
+    dataset.write_dataset_files(run.output_dir, links, run.work_dir)
     write_text(run.settings_file, settings_to_toml(settings))
     if reports_only:
         environment(run.work_dir, resources)

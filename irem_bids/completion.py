@@ -75,9 +75,17 @@ def inputs_key(group: dict[str, Any], settings: dict[str, Any]) -> str:
         described["content"] = file_digest(stack["path"])
         described["mask"] = file_digest(stack["mask"]) if stack["mask"] else None
         stacks.append(described)
-    return digest([stacks, settings, __version__])
+    return digest([stacks, _by_content(settings), __version__])
 
 
 def method_key(inputs: str, method: str, settings: dict[str, Any]) -> str:
     """Key of one method's result; ``settings`` is :func:`method_settings`."""
-    return digest([inputs, method, settings, __version__])
+    return digest([inputs, method, _by_content(settings), __version__])
+
+
+def _by_content(settings: dict[str, Any]) -> dict[str, Any]:
+    """The sections with the content of a measured profile instead of its path."""
+    acquisition = dict(settings["acquisition"])
+    if acquisition["profile_file"] is not None:
+        acquisition["profile_file"] = file_digest(acquisition["profile_file"])
+    return {**settings, "acquisition": acquisition}

@@ -13,6 +13,7 @@ from .settings import SECTIONS, Settings, SettingsError
 
 #: Settings that are paths: made absolute, so that a saved file works from any folder.
 PATHS = {
+    "acquisition": ("profile_file",),
     "selection": ("bids_filter_file", "bids_database_dir", "derivatives"),
     "run": ("use_plugin", "work_dir"),
 }

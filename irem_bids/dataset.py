@@ -42,10 +42,13 @@ Isotropic MR images reconstructed from stacks of thick slices.
 """
 
 
-def write_dataset_files(output_dir: Path, links: dict[str, str]) -> None:
+def write_dataset_files(
+    output_dir: Path, links: dict[str, str], work_dir: Path | None = None
+) -> None:
     """Write dataset_description.json, .bidsignore and README.md.
 
-    ``links`` are the ``DatasetLinks`` of this run; those of earlier runs are kept.
+    ``links`` are the ``DatasetLinks`` of this run; those of earlier runs are kept.  A
+    ``work_dir`` within the output is ignored by validators, too.
 
     Raises
     ------
@@ -56,7 +59,10 @@ def write_dataset_files(output_dir: Path, links: dict[str, str]) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         with alone(output_dir, "dataset"):  # what other runs add is read before it is written
             _write_description(output_dir / "dataset_description.json", links)
-            _write_ignore(output_dir / ".bidsignore")
+            ignored = list(IGNORED)
+            if work_dir is not None and output_dir in work_dir.parents:
+                ignored.append(work_dir.relative_to(output_dir).as_posix())
+            _write_ignore(output_dir / ".bidsignore", ignored)
             if not (output_dir / "README.md").exists():
                 write_text(output_dir / "README.md", README)
     except OSError as error:
@@ -92,8 +98,8 @@ def _write_description(path: Path, links: dict[str, str]) -> None:
     write_json(path, {**old, **merged})
 
 
-def _write_ignore(path: Path) -> None:
+def _write_ignore(path: Path, ignored: list[str]) -> None:
     lines = path.read_text().splitlines() if path.is_file() else []
-    missing = [line for line in IGNORED if line not in lines]
+    missing = [line for line in ignored if line not in lines]
     if missing:
         write_text(path, "\n".join([*lines, *missing]) + "\n")

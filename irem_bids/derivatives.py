@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .atomic import publish, write_json
-from .paths import PATTERNS, base_entities, completed_key, contrast_entity, sidecar_path
+from .paths import (
+    PATTERNS,
+    base_entities,
+    completed_key,
+    contrast_entity,
+    relative_path,
+    sidecar_path,
+)
 from .products import Product, Result, products
 from .settings import MODALITIES
 
@@ -105,9 +112,28 @@ def save(result: Result, output_dir: Path) -> list[Path]:
         for method, key in result.keys.items():
             if completed_key(output_dir, result.group, method) not in (None, key):
                 (output_dir / sidecar_path(result.group, method)).unlink(missing_ok=True)
+                kept = {path.relative_to(base) for path in written}
+                for old in _belonging(result.group, method):
+                    if old not in kept:
+                        (output_dir / old).unlink(missing_ok=True)
         return [publish(path, output_dir / path.relative_to(base)) for path in written]
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _belonging(group: Group, method: str) -> list[Path]:
+    """What an older result may have left that a new one need not have: not to lie beside it."""
+    names: list[dict[str, str]] = [
+        {"suffix": "std", "desc": method, "extension": ".nii.gz"},
+        {"suffix": "std", "desc": method, "extension": ".json"},
+        {"suffix": "model", "desc": method, "extension": ".safetensors"},
+        *(
+            {"suffix": "mask", "desc": desc, "extension": extension}
+            for desc in ("brain", "head")
+            for extension in (".nii.gz", ".json")
+        ),
+    ]
+    return [Path(relative_path(group, **entities)) for entities in names]
 
 
 def _publishing_order(path: Path) -> int:

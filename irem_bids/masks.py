@@ -44,7 +44,11 @@ def find_masks(folders: tuple[str, ...], subjects: list[str]) -> dict[str, list[
     for number, folder in enumerate(folders):
         root = Path(folder)
         if not root.is_dir():
-            raise UserError(f"--derivatives {folder}: there is no such folder", ExitCode.NO_INPUT)
+            raise UserError(
+                f"--derivatives {folder}: there is no such folder; expected the path of a "
+                "derivative dataset, without a name before it",
+                ExitCode.NO_INPUT,
+            )
         if not any(name.startswith("sub-") for name in os.listdir(root)):
             raise UserError(
                 f"--derivatives {folder}: no sub-* folder in it; expected a derivative dataset "

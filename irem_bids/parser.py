@@ -58,7 +58,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the groups and each image left out with its reason, and write nothing",
+        help="print the groups and each image left out with its reason; write nothing but "
+        "a --bids-database-dir that exists",
     )
     parser.add_argument(
         "--reports-only", action="store_true", help="only make the reports of finished groups again"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from .tables import quality_row, table_text
 
 if TYPE_CHECKING:
     from .groups import Group
+
+ROUNDING = 1e-9  # of a pose's matrix, mm
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,11 @@ def image_sidecar(result: Result, method: str) -> dict[str, Any]:
     step = _read_json(folder / "step.json")
     quality = _read_json(folder / "quality.json")
     shape, sizes, stripped = _describe_image(folder)
-    masks = [stack.mask_uri for stack in result.group.stacks if stack.mask_uri]
+    masks = _masks(result)
     return {
         "Description": f"Isotropic {result.group.suffix} image from "
         f"{len(result.group.stacks)} stacks of thick slices, method {method}",
-        "SkullStripped": bool(masks) and stripped,
+        "SkullStripped": len(masks) == len(result.group.stacks) and stripped,
         "Sources": [stack.uri for stack in result.group.stacks] + masks,
         "Resolution": f"{sizes[0]:.4g} mm isotropic, axes along the reference stack",
         "VoxelSize": sizes,
@@ -92,9 +95,18 @@ def image_sidecar(result: Result, method: str) -> dict[str, Any]:
         "IremBids": {
             "Version": __version__,
             "Key": result.keys.get(method),
-            "Settings": method_settings(result.settings, method),
+            "Settings": _settings(result.settings, method),
         },
     }
+
+
+def _settings(settings: Settings, method: str) -> dict[str, Any]:
+    """Those that shape the image; of a measured profile the name, not the folder."""
+    tables = method_settings(settings, method)
+    file = tables["acquisition"]["profile_file"]
+    if file is not None:
+        tables["acquisition"]["profile_file"] = Path(file).name
+    return tables
 
 
 def acquisition_of(result: Result, method: str) -> dict[str, Any]:
@@ -202,18 +214,25 @@ def _deviation(result: Result, method: str, image: dict[str, Any]) -> list[Produ
     return [Product(path, {"suffix": "std", "desc": method, "extension": ".nii.gz"}, sidecar)]
 
 
+def _masks(result: Result) -> list[str]:
+    """The masks that were given and used; one without an edge, for example, is not."""
+    used = _read_json(result.prepared / "step.json").get("metrics", {}).get("masked", {})
+    stacks = [stack for stack in result.group.stacks if used.get(stack.label) == "given"]
+    return [stack.mask_uri for stack in stacks if stack.mask_uri]
+
+
 def _mask_product(result: Result) -> Product:
     folder = next(iter(result.methods.values()))
-    group = result.group
-    given = [stack.mask_uri for stack in group.stacks if stack.mask_uri]
+    group, given = result.group, _masks(result)
+    brain = len(given) == len(group.stacks)
     sidecar: dict[str, Any] = {
-        "Type": "Brain" if given else "ROI",
-        "Sources": given or [stack.uri for stack in group.stacks],
+        "Type": "Brain" if brain else "ROI",
+        "Sources": given if brain else [stack.uri for stack in group.stacks] + given,
     }
     if "space" in contrast_entity(group, "mask"):
         image = image_path(group, next(iter(result.methods)))
         sidecar["SpatialReference"] = f"bids::{image}"
-    entities = {"suffix": "mask", "desc": "brain" if given else "head", "extension": ".nii.gz"}
+    entities = {"suffix": "mask", "desc": "brain" if brain else "head", "extension": ".nii.gz"}
     return Product(folder / "mask.nii.gz", entities, sidecar)
 
 
@@ -255,12 +274,12 @@ def _transforms(result: Result, made: Path) -> list[Product]:
     sets: list[tuple[str | None, dict[str, Any]]] = [(None, first)]
     for method, folder in result.methods.items():
         poses = _read_json(folder / "fit.json").get("poses", {})
-        if any(poses[label] != first.get(label) for label in poses):
+        if not all(_same(poses[label], first[label]) for label in poses):
             sets.append((method, poses))
     files = []
     for desc, poses in sets:
         for label, matrix in poses.items():
-            if label == reference and matrix == first[reference]:
+            if label == reference and _same(matrix, first[reference]):
                 continue
             path = made / f"from-{label}_desc-{desc}_xfm.txt"
             write_text(path, RigidTransform(matrix).inverse().to_itk_text())
@@ -273,6 +292,12 @@ def _transforms(result: Result, made: Path) -> list[Product]:
             }
             files.append(Product(path, {**entities, **({"desc": desc} if desc else {})}))
     return files
+
+
+def _same(pose: list[list[float]], other: list[list[float]]) -> bool:
+    """Whether two matrices differ by rounding only."""
+    pairs = zip(itertools.chain(*pose), itertools.chain(*other), strict=True)
+    return all(abs(a - b) < ROUNDING for a, b in pairs)
 
 
 def _registered_stacks(result: Result, made: Path) -> list[Product]:

@@ -302,7 +302,11 @@ class Run:
         nohash=True,
     )
     use_plugin: str | None = option(
-        None, "YAML file with a nipype plugin and its arguments", metavar="FILE", nohash=True
+        None,
+        "YAML file with a nipype plugin and its arguments",
+        flags=("--nipype-plugin-file",),
+        metavar="FILE",
+        nohash=True,
     )
     work_dir: str | None = option(
         None,

@@ -197,17 +197,3 @@ def expected_snr_ratio(
     """
     volume = float(np.prod(voxel) / np.prod(other))
     return round(volume * float(np.sqrt(minutes / other_minutes)), 12)
-
-
-def sharpness(image: NDArray, mask: Mask | None = None) -> float:
-    """Mean gradient magnitude in the mask over the standard deviation there, per voxel.
-
-    It grows with detail and with noise: compare images of about equal noise.
-    """
-    inside = _checked(mask, image)
-    squared = np.zeros(image.shape, dtype=np.float64)
-    for axis in range(image.ndim):
-        if image.shape[axis] > 1:
-            squared += np.gradient(np.asarray(image, dtype=np.float64), axis=axis) ** 2
-    spread = float(np.std(image[inside], dtype=np.float64))
-    return float(np.sqrt(squared[inside]).mean() / spread) if spread > 0 else 0.0

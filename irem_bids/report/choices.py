@@ -31,20 +31,24 @@ MEANING = (
     "What the data chose",
     "Mean squared errors, scaled intensity: of the held-out voxels, for gaps of a block of the "
     "head that was turned and scanned again. Slices are taken to move one by one only where that "
-    "lowers the error by 15 %, and a width to be other than stated where it lowers it by 1 %; "
-    "else the smaller error decides. The errors of motion and width are those at twice the voxel "
-    "of the result.",
+    "lowers the error by 15 %, a width to be other than stated where it lowers it by 1 %. "
+    "The network is used where the smaller error is with it; gaps are bridged by a share of both "
+    "images, which follows from their errors. The errors of motion and width are those at twice "
+    "the voxel of the result.",
 )
 
 
 def table_of(material: Material) -> dict[str, Any]:
     """One row per method and choice; no row for what was settled by the settings."""
+    settings = material.inp.settings
+    settled = {"motion"} if settings.irem.motion != "auto" else set()
     return table(
         (("Method", ""), ("Question", ""), ("Chosen", ""), ("Error with each", "")),
         (
             (result.name, ASKED[name], _worded(name, chosen), _listed(errors))
             for result in material.methods.values()
             for name, chosen, errors in _choices(result)
+            if name not in settled
         ),
     )
 

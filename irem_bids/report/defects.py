@@ -132,7 +132,8 @@ def misregistered(material: Material) -> list[Finding]:
         f"A stack is not where it belongs: {listed(reasons)}. Compare the pictures after "
         "registration; structures must not jump."
         if reasons
-        else "Every stack agrees with its partners where registration put it."
+        else "No stack agrees less with its partners, where registration put it, than they do "
+        "with each other."
     )
     return [Finding("Misregistered stack", bool(reasons), text, "registration", "misregistered")]
 
@@ -244,7 +245,8 @@ def gains(material: Material) -> list[Finding]:
         "does: was the gain, the contrast or the receiver changed? Intensities were scaled alike "
         "before the reconstruction."
         if off
-        else f"Refined gains lie within {low:g} to {high:g} and the stacks are equally bright."
+        else f"No stack is less than {least:g} or more than {most:g} times as bright as the others"
+        + (f", and refined gains lie within {low:g} to {high:g}." if fitted else ".")
     )
     return [Finding("Gain of stacks", bool(off), text, "metrics", "gain")]
 

@@ -45,7 +45,7 @@ def methods_text(
     done = tuple(settings.output.method if methods is None else methods)
     found = dict(versions or {})
     parts = [
-        _inputs(groups, found),
+        _inputs(groups, settings, found),
         _normalise(settings, metrics or {}, found),
         *[_METHODS[name](settings) for name in done if name in _METHODS],
         _output(settings, done, found),
@@ -58,7 +58,7 @@ def _with_version(name: str, versions: Mapping[str, Any], key: str | None = None
     return f"{name} {number}" if number else name
 
 
-def _inputs(groups: Sequence[GroupLike], versions: Mapping[str, str]) -> str:
+def _inputs(groups: Sequence[GroupLike], settings: Settings, versions: Mapping[str, str]) -> str:
     version = versions.get("irem-bids", __version__)
     words = [
         f"Isotropic images were reconstructed with irem-bids {version} from stacks of thick slices"
@@ -73,19 +73,18 @@ def _inputs(groups: Sequence[GroupLike], versions: Mapping[str, str]) -> str:
     if counts:
         words.append(f" ({'; '.join(counts)})")
     words.append(
-        ", found in a BIDS dataset with "
-        f"{_with_version('pybids', versions)} [@yarkoni2019pybids]; the orientation of a stack was "
+        ", found in a BIDS dataset; the orientation of a stack was "
         "decided from its affine and voxel sizes, and the slice thickness "
     )
-    thickness = settings_source(groups)
+    thickness = settings_source(groups, settings)
     words.append(f"{thickness}.")
     return "".join(words)
 
 
-def settings_source(groups: Sequence[GroupLike]) -> str:
+def settings_source(groups: Sequence[GroupLike], settings: Settings) -> str:
     """Where the slice thickness of the stacks came from, in words."""
     sources = {s.thickness_source for group in groups for s in group.stacks}
-    if sources == {"setting"}:
+    if sources == {"setting"} or (not groups and settings.acquisition.slice_thickness):
         return "was given by the user"
     if sources == {"spacing"}:
         return "was taken to be the slice spacing"
@@ -98,6 +97,8 @@ def _normalise(settings: Settings, metrics: Mapping[str, Any], versions: Mapping
     chosen = settings.normalise
     simpleitk = f"{_with_version('SimpleITK', versions)} [@lowekamp2013simpleitk]"
     masks = set(dict(metrics.get("masked", {})).values())
+    if not masks and settings.selection.derivatives:
+        masks = {"given", "otsu"}
     if masks == {"given"}:
         words = "The foreground of each stack was given by a mask"
     elif "given" in masks:
@@ -163,15 +164,15 @@ def _profile(settings: Settings) -> str:
 def _irem(settings: Settings) -> str:
     chosen = settings.irem
     refine = (
-        f" Poses, one gain and a smooth bias per stack were refined together with the image in "
-        f"{chosen.pose_rounds} rounds a resolution{_motion(settings)}."
-        if chosen.refine_poses and chosen.pose_rounds
+        f" Poses, one gain and a smooth bias per stack were refined together with the image, "
+        f"coarse to fine{_motion(settings)}."
+        if chosen.refine_poses and settings.normalise.registration
         else ""
     )
     return (
         "The method `irem` represents the head as a continuous function of position, following "
         "the idea of IREM [@wu2021irem]. Unlike there, a voxel is the weighted mean of the "
-        f"function through the slice ({_profile(settings)}), and the function stands on a "
+        f"function through the slice, by {_profile(settings)}, and the function stands on a "
         "profile-aware linear solution [@gholipour2010robust; @ebner2020automated], to which a "
         "Bregman iteration returns the contrast that its penalty takes [@osher2005iterative]. "
         "Where slices leave gaps, it is blended with the most likely image of a scale-free "
@@ -203,12 +204,16 @@ def _motion(settings: Settings) -> str:
         "acquisition",
         "auto": ", with a pose for each slice where that predicts held-out voxels better",
     }[chosen.motion]
+    acquisition = settings.acquisition
+    tried = acquisition.profile != "none" and not acquisition.profile_file
     words += {
         "stated": "",
         "learned": ", and the width of each stack's slice profile was estimated",
         "auto": ", and the width of each stack's slice profile was estimated where that predicts "
-        "held-out voxels better",
-    }[settings.acquisition.profile_width]
+        "held-out voxels better"
+        if tried
+        else "",
+    }[acquisition.profile_width]
     if chosen.robust:
         words += "; slices that did not fit were given less weight"
     return words
@@ -245,7 +250,7 @@ def _output(settings: Settings, done: Sequence[str], versions: Mapping[str, str]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     torch = (
         f" Networks and solvers ran in {_with_version('PyTorch', versions, 'torch')} "
-        "[@paszke2019pytorch]."
+        f"[@paszke2019pytorch] and {_with_version('numba', versions)} [@lam2015numba]."
         if {"irem", "irem2021", "srr"} & set(done)
         else ""
     )
@@ -254,7 +259,8 @@ def _output(settings: Settings, done: Sequence[str], versions: Mapping[str, str]
         f"{settings.run.random_seed}.{torch} The steps were run by "
         f"{_with_version('nipype', versions)} [@gorgolewski2011nipype]; images were read and "
         f"written with {_with_version('nibabel', versions)} [@brett2024nibabel], and derivatives "
-        "and reports with niworkflows and nireports [@esteban2023nireports]."
+        f"and reports with {_with_version('pybids', versions)} [@yarkoni2019pybids], niworkflows "
+        "and nireports [@esteban2023nireports]."
     )
 
 

@@ -8,18 +8,19 @@ run, so that a whole head takes seconds and a report needs nothing but the folde
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..reconstruction.acquisition import Receiver
+from ..reconstruction.acquisition import Receiver, quadrature
 from ..reconstruction.geometry import RigidTransform
 from ..reconstruction.stack import Stack
+from ..settings import Acquisition
 from .material import MethodResult
 
 POINT_SAMPLED = ("bspline", "irem2021")  # methods that know no slice profile
-NODES = np.linspace(-1.0, 1.0, 9)  # through the slice, in widths of the profile
 
 
 def slice_values(result: MethodResult, key: str) -> dict[str, NDArray[np.float64]]:
@@ -77,12 +78,12 @@ def voxels(
     result: MethodResult,
     pose: RigidTransform,
     index: NDArray[np.int64],
-    *,
-    profile: bool = True,
+    acquisition: Acquisition,
 ) -> NDArray[np.float64]:
     """(N,) prediction at voxels ``index`` (N, 3) of one slice, in the units of the result.
 
-    The receiver is left to the caller; without ``profile`` voxels are point samples.
+    ``acquisition`` says the slice profile; methods that know none see point samples.  The
+    receiver is left to the caller.
     """
     if result.volume is None or result.grid is None:
         raise ValueError(f"{result.name} left no volume")
@@ -90,12 +91,15 @@ def voxels(
     moved = slices[int(index[0, stack.slice_axis])]
     thickness = {stack.label: stack.slice_thickness}
     width = widths(result, thickness).get(stack.label, stack.slice_thickness)
-    nodes = NODES if profile else np.zeros(1)
-    weights = np.exp(-4 * np.log(2) * nodes**2)
+    if result.name in POINT_SAMPLED:
+        acquisition = replace(acquisition, profile="none")
+    step = float(result.grid.voxel_size[0])
+    nodes = quadrature(acquisition, stack.slice_thickness, step)
+    offsets = nodes.offsets * (width / stack.slice_thickness)
     centres = stack.grid.to_world(index)
     total = np.zeros(len(index))
-    for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-        points = moved.apply(centres + node * width * stack.normal)
+    for offset, weight in zip(offsets, nodes.weights, strict=True):
+        points = moved.apply(centres + offset * stack.normal)
         total += weight * ndimage.map_coordinates(
             result.volume,
             result.grid.to_index(points).T,

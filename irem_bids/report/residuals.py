@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..reconstruction.geometry import RigidTransform
 from ..reconstruction.stack import Stack
+from ..settings import Acquisition
 from . import plots, predicted, views
 from .finding import listed
 from .material import MethodResult
@@ -26,13 +27,14 @@ def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
         return []
     black, white = studio.levels
     span = SPAN * (white - black)
-    percentile = studio.material.inp.settings.normalise.intensity_percentile
+    settings = studio.material.inp.settings
+    percentile, acquisition = settings.normalise.intensity_percentile, settings.acquisition
     figures = []
     for stack, registered in zip(prepared.stacks, prepared.poses, strict=True):
         pose = result.poses.get(stack.label, registered)
         counts = stack.mask.sum(axis=tuple(a for a in range(3) if a != stack.slice_axis))
         k = int(np.argmax(np.cumsum(counts) >= counts.sum() / 2))
-        guess = slice_prediction(stack, result, pose, k, prepared.scale)
+        guess = slice_prediction(stack, result, pose, k, prepared.scale, acquisition)
         image = _triple(studio, stack, guess, k, span)
         figures.append(
             Figure(
@@ -51,7 +53,12 @@ def residuals(studio: Studio, result: MethodResult) -> list[Figure]:
 
 
 def slice_prediction(
-    stack: Stack, result: MethodResult, pose: RigidTransform, k: int, scale: float
+    stack: Stack,
+    result: MethodResult,
+    pose: RigidTransform,
+    k: int,
+    scale: float,
+    acquisition: Acquisition,
 ) -> NDArray[np.float64]:
     """(I, J, K) zero but for the foreground of slice ``k``, which is as ``result`` predicts it."""
     out = np.zeros(stack.grid.shape)
@@ -61,8 +68,7 @@ def slice_prediction(
     keep[tuple(place)] = stack.mask[tuple(place)]
     index = np.argwhere(keep)
     if len(index):
-        profile = result.name not in predicted.POINT_SAMPLED
-        out[keep] = predicted.voxels(stack, result, pose, index, profile=profile) / scale
+        out[keep] = predicted.voxels(stack, result, pose, index, acquisition) / scale
         out[keep] *= predicted.receiver(result, stack, pose)[keep]
     return out
 

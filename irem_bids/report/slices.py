@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from ..reconstruction.geometry import RigidTransform
 from ..reconstruction.stack import Stack
+from ..settings import Acquisition
 from . import predicted
 from .material import Material, MethodResult
 
@@ -61,11 +62,18 @@ def fit_slices(material: Material) -> dict[str, SliceFit]:
     found = {}
     for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
         moved = result.poses.get(stack.label, pose)
-        found[stack.label] = fit_stack(stack, moved, result, prepared.scale)
+        acquisition = material.inp.settings.acquisition
+        found[stack.label] = fit_stack(stack, moved, result, prepared.scale, acquisition)
     return found
 
 
-def fit_stack(stack: Stack, pose: RigidTransform, result: MethodResult, scale: float) -> SliceFit:
+def fit_stack(
+    stack: Stack,
+    pose: RigidTransform,
+    result: MethodResult,
+    scale: float,
+    acquisition: Acquisition,
+) -> SliceFit:
     """One stack at ``pose`` against ``result``, whose intensities are ``scale`` times ours."""
     axis = stack.slice_axis
     mask = np.moveaxis(_inner(stack), axis, 0)
@@ -78,7 +86,7 @@ def fit_stack(stack: Stack, pose: RigidTransform, result: MethodResult, scale: f
         if len(index) > VOXELS:
             index = index[random.choice(len(index), VOXELS, replace=False)]
         acquired = stack.data[tuple(index.T)].astype(np.float64)
-        guess = predicted.voxels(stack, result, pose, index) / scale
+        guess = predicted.voxels(stack, result, pose, index, acquisition) / scale
         if not np.any(guess > 0):
             continue
         pairs[k] = acquired, guess

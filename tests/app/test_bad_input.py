@@ -362,3 +362,22 @@ def test_group_level_without_results(tiny_dataset, tmp_path):
     assert "run the participant level first" in message
     message = refused(64, tiny_dataset, tmp_path / "out", "group", "--dry-run")
     assert "--dry-run is for the participant level" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (None, 66, "there is no such file; expected a text file of two columns"),
+        ("1 2 3\n4 5 6\n7 8 9\n", 64, "shape (3, 3); expected two columns"),
+        ("a b\n", 64, "no slice profile"),
+    ],
+)
+def test_measured_profile_that_is_none(tmp_path, text, code, words):
+    """Told before any work, with the path as it stands from the current folder."""
+    write_description(tmp_path)
+    if text is not None:
+        (tmp_path / "profile.txt").write_text(text)
+    asked = ("participant", "--profile-file", "profile.txt")
+    message = refused(code, tmp_path, tmp_path.parent / "out", *asked, cwd=tmp_path)
+    assert words in message
+    assert str(tmp_path / "profile.txt") in message

@@ -143,6 +143,13 @@ def masked(group: Group) -> Group:
     return replace(group, stacks=stacks)
 
 
+def masks_used(result: Result, *labels: str) -> None:
+    path = result.prepared / "step.json"
+    step = json.loads(path.read_text())
+    step["metrics"]["masked"] |= dict.fromkeys(labels, "given")
+    write_json(path, step)
+
+
 def test_sidecar_says_what_was_used(result: Result, tmp_path: Path) -> None:
     derivatives.save(result, tmp_path)
     sidecar = json.loads((tmp_path / paths.sidecar_path(result.group, "irem")).read_text())
@@ -168,6 +175,7 @@ def test_sidecar_says_what_was_used(result: Result, tmp_path: Path) -> None:
 def test_brain_masks_make_a_brain_mask(result: Result, tmp_path: Path) -> None:
     """An image that is zero outside given masks is skull-stripped; its mask says brain."""
     group = masked(replace(result.group, suffix="T2w"))
+    masks_used(result, "axial1", "coronal1", "sagittal1")
     volume = nib.load(result.methods["irem"] / "volume.nii.gz")
     mask = nib.load(result.methods["irem"] / "mask.nii.gz").get_fdata() > 0
     nib.save(
@@ -181,6 +189,64 @@ def test_brain_masks_make_a_brain_mask(result: Result, tmp_path: Path) -> None:
     about = json.loads((tmp_path / "sub-01/anat/sub-01_space-T2w_desc-brain_mask.json").read_text())
     assert about["Type"] == "Brain"
     assert about["SpatialReference"] == "bids::sub-01/anat/sub-01_desc-irem_T2w.nii.gz"
+
+
+def test_masks_of_some_stacks_make_no_brain_mask(result: Result, tmp_path: Path) -> None:
+    """One that was given but not used, since it covers all, is no source."""
+    masks_used(result, "coronal1")
+    derivatives.save(replace(result, group=masked(result.group)), tmp_path)
+    anat = tmp_path / "sub-01/anat"
+    assert not list(anat.glob("*desc-brain*"))
+    about = json.loads((anat / "sub-01_desc-head_mask.json").read_text())
+    assert about["Type"] == "ROI"
+    assert about["Sources"][3:] == ["bids:masks:coronal1.nii.gz"]
+    image = json.loads((anat / "sub-01_desc-irem_T1w.json").read_text())
+    assert image["Sources"][3:] == ["bids:masks:coronal1.nii.gz"]
+    assert image["SkullStripped"] is False
+
+
+def test_rounding_makes_no_transform(result: Result, tmp_path: Path) -> None:
+    path = result.methods["irem"] / "fit.json"
+    fit = json.loads(path.read_text())
+    first = json.loads((result.prepared / "step.json").read_text())["poses"]
+    fit["poses"] = {label: (np.array(pose) + 1e-15).tolist() for label, pose in first.items()}
+    write_json(path, fit)
+    derivatives.save(result, tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*xfm.txt")) == [
+        "sub-01_from-coronal1_to-axial1_mode-image_xfm.txt",
+        "sub-01_from-sagittal1_to-axial1_mode-image_xfm.txt",
+    ]
+
+
+def test_nothing_of_an_older_result_lies_beside_a_new_one(result: Result, tmp_path: Path) -> None:
+    std = result.methods["irem"] / "std.nii.gz"
+    shutil.copy(result.methods["irem"] / "volume.nii.gz", std)
+    with_masks = replace(result, group=masked(result.group))
+    masks_used(result, "axial1", "coronal1", "sagittal1")
+    derivatives.save(with_masks, tmp_path)
+    old = {"desc-irem_std.nii.gz", "desc-irem_std.json", "desc-brain_mask.nii.gz"}
+    anat = tmp_path / "sub-01/anat"
+    assert all((anat / f"sub-01_{name}").exists() for name in old)
+    std.unlink()
+    write_json(
+        result.prepared / "step.json",
+        json.loads((result.prepared / "step.json").read_text().replace("given", "otsu")),
+    )
+    derivatives.save(replace(result, keys={"irem": "c" * 64, "bspline": "d" * 64}), tmp_path)
+    assert not any((anat / f"sub-01_{name}").exists() for name in old)
+    assert (anat / "sub-01_desc-head_mask.nii.gz").exists()
+    assert (anat / "sub-01_desc-bspline_T1w.json").exists()
+
+
+def test_a_work_folder_within_the_output_is_ignored(result: Result, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    links = {"raw": tmp_path.as_uri()}
+    dataset.write_dataset_files(out, links, tmp_path / "work")
+    derivatives.save(result, out)
+    write_text(out / "work/reports/sub-01_T1w.json", "{}\n")
+    assert validate(out) != []
+    dataset.write_dataset_files(out, links, out / "work")
+    assert validate(out) == []
 
 
 def test_transforms_map_reference_points_to_stack_points(result: Result, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import numpy as np
@@ -553,7 +554,8 @@ def test_what_the_data_chose_is_told_with_its_errors():
         "irem", Path(), info=info, history={"held_out": [0.0012, 0.0012]},
         fit={"widths": dict.fromkeys(PLANES, 1.2)},
     )  # fmt: skip
-    material = report_material.Material(inp=None, prepared=prepared(), methods={"irem": result})
+    inp = SimpleNamespace(settings=Settings())
+    material = report_material.Material(inp=inp, prepared=prepared(), methods={"irem": result})
     assert choices.table_of(material)["rows"] == [
         ["irem", "Slices move one by one", "no, each stack as a whole",
          "slice 0.0019, stack 0.002"],
@@ -563,6 +565,8 @@ def test_what_the_data_chose_is_told_with_its_errors():
          "edges 0.002, spectrum 0.001"],
         ["irem", "Network", "not used", "with 0.0012, without 0.0012"],
     ]  # fmt: skip
+    inp.settings = Settings.from_dict({"irem": {"motion": "slice"}})  # then no data chose it
+    assert "move" not in str(choices.table_of(material)["rows"])
     stacks, names = tables._per_stack(material, {})
     assert "profile_width" in names
     assert [row[-1] for row in stacks["rows"]] == ["6.00"] * 3

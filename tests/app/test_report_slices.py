@@ -15,6 +15,7 @@ from irem_bids.reconstruction.stack import read_image, write_image
 from irem_bids.report import build_report, make_figures, predicted, residuals, uncertainty, viewer
 from irem_bids.report import material as report_material
 from irem_bids.report.studio import Studio
+from irem_bids.settings import Acquisition
 
 from .report_material import SCALE, head, make_input, prepared, with_uncertainty
 
@@ -29,7 +30,7 @@ def test_predicted_slice_is_near_the_acquired_one(tmp_path):
     material = report_material.load(make_input(tmp_path / "w", ready, ("irem",)))
     result = material.methods["irem"]
     stack, pose = ready.stacks[1], ready.poses[1]
-    guess = residuals.slice_prediction(stack, result, pose, 5, SCALE)
+    guess = residuals.slice_prediction(stack, result, pose, 5, SCALE, Acquisition())
     inside = guess != 0
     assert set(np.argwhere(inside)[:, stack.slice_axis]) == {5}
     truth = stack.data[inside] * 0.96  # the method's gain of this stack
@@ -51,10 +52,12 @@ def test_motion_of_a_slice_is_followed(tmp_path):
     matrices = np.array([np.eye(4)] * 10)
     matrices[4] = motion.matrix
 
+    points = Acquisition(profile="none")
+
     def error(**record) -> float:
         edit_fit(inp.methods["irem"], **record)
         result = report_material.load(inp).methods["irem"]
-        guess = predicted.voxels(stack, result, RigidTransform(), index, profile=False) / SCALE
+        guess = predicted.voxels(stack, result, RigidTransform(), index, points) / SCALE
         return float(np.abs(guess - seen).mean())
 
     still = error()
@@ -62,6 +65,33 @@ def test_motion_of_a_slice_is_followed(tmp_path):
     by_matrix = error(slice_motion={}, slice_poses={"axial1": matrices.tolist()})
     assert by_vector < 0.35 * still
     assert by_matrix == pytest.approx(by_vector, abs=1e-6)
+
+
+def test_predicted_voxels_are_seen_through_the_profile_of_the_settings(tmp_path):
+    """Of a step, a box of 5 mm holds the share that lies beyond it."""
+    ready = prepared()
+    material = report_material.load(make_input(tmp_path / "w", ready, ("irem",)))
+    stack, known = ready.stacks[0], material.methods["irem"]
+    index = np.argwhere(stack.mask)
+    index = index[index[:, 2] == 5]
+    height = stack.grid.to_world(index)[0, 2]
+    middle = int(known.grid.to_index(stack.grid.to_world(index))[0, 2]) + 1
+    volume = np.zeros(known.grid.shape, dtype=np.float32)
+    volume[:, :, middle:] = 1.0
+    result = replace(known, volume=volume, fit={})
+    edge = known.grid.to_world(np.array([0, 0, middle - 0.5]))[2]
+    found = {
+        kind: predicted.voxels(stack, result, RigidTransform(), index, Acquisition(profile=kind))
+        for kind in ("box", "gaussian", "none")
+    }
+    beyond = np.clip((height - edge) / stack.slice_thickness + 0.5, 0, 1)
+    assert 0.05 < beyond < 0.95
+    assert found["box"] == pytest.approx(beyond, abs=0.06)
+    assert abs(found["box"] - found["gaussian"]).max() > 0.01
+    point = predicted.voxels(
+        stack, replace(result, name="bspline"), RigidTransform(), index, Acquisition()
+    )
+    assert np.array_equal(point, found["none"])
 
 
 def test_width_of_the_profile_in_both_notations(tmp_path):

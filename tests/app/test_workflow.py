@@ -142,6 +142,14 @@ def test_keys_follow_content_settings_and_nothing_else(tmp_path: Path) -> None:
     assert method_key({"srr": {"srr_lambda": 0.5}}) != plain
     assert method_key({"run": {"random_seed": 1}}) != plain
     assert method_key({"output": {"output_resolution": 2.0}}) != plain
+    profile = tmp_path / "profile.txt"
+    measured = {"acquisition": {"profile_file": str(profile)}}
+    keys = []
+    for text in ("-1 0\n0 1\n1 0\n", "-2 0\n0 1\n2 0\n"):
+        profile.write_text(text)
+        chosen = completion.normalise_settings(Settings.from_dict(measured))
+        keys += [method_key(measured), completion.inputs_key(group, chosen)]
+    assert len(set(keys)) == 4
 
 
 def test_memory_grows_with_the_result_and_ends_at_the_limit() -> None:
