@@ -23,7 +23,7 @@ from ..settings import Settings
 from . import trajectory
 from .acquisition import Receiver, StackModel
 from .geometry import Grid, RigidTransform
-from .linear import Prior, System, restored, slice_sums, solve
+from .linear import FIRM, Prior, System, restored, slice_sums, solve
 from .prepare import Prepared
 from .refine import Freedom, refine, share_shading, shows_little
 from .robust import slice_weights
@@ -369,7 +369,8 @@ class _Solver:
         job, grid = self.job, self.grid.resampled(DECIDE * float(self.grid.voxel_size[0]))
         coarse = build_system(job, grid, State.of(system, None))
         start = torch.zeros(grid.shape, device=job.device)
-        anew = solve(coarse, start, prior.on_grid(DECIDE), iterations=20, reweightings=2)
+        firm = replace(prior, weight=FIRM * prior.weight).on_grid(DECIDE)
+        anew = solve(coarse, start, firm, iterations=20, reweightings=2)
         known = (seen_by(job, system.models) / FAINT).clamp(max=1)
         return carry(anew, grid, self.grid).lerp(self._volume, known)
 
