@@ -50,6 +50,7 @@ BAD = 0.5  # weight of a slice below which its pose is that between its neighbou
 UNSEEN = 3e-3  # of a stack: a voxel of which no more is seen stays 0
 CLOSED = 1.01  # spacing of slices over their thickness: they leave gaps if it is more
 FAINT = 0.5  # of a stack: what is seen less is made anew before the last solution
+ANEW = 2.0  # voxels of the grid on which it is, over the result's
 WIDTH_SHARE = 0.05  # of the penalty, while the width of the profile is learned
 
 
@@ -366,10 +367,10 @@ class _Solver:
         """
         if not self.refined:
             return self._volume
-        job, grid = self.job, self.grid.resampled(DECIDE * float(self.grid.voxel_size[0]))
+        job, grid = self.job, self.grid.resampled(ANEW * float(self.grid.voxel_size[0]))
         coarse = build_system(job, grid, State.of(system, None))
         start = torch.zeros(grid.shape, device=job.device)
-        firm = replace(prior, weight=FIRM * prior.weight).on_grid(DECIDE)
+        firm = replace(prior, weight=FIRM * prior.weight).on_grid(ANEW)
         anew = solve(coarse, start, firm, iterations=20, reweightings=2)
         known = (seen_by(job, system.models) / FAINT).clamp(max=1)
         return carry(anew, grid, self.grid).lerp(self._volume, known)

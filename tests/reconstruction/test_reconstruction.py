@@ -77,12 +77,17 @@ def true_error(
     ]
 
 
+def truth_on(grid: Grid, truth: tuple[np.ndarray, Grid], pose: RigidTransform) -> np.ndarray:
+    """The head on ``grid`` at the true pose of the reference."""
+    image = Stack("t", truth[0], truth[1], 2, 2.0, truth[0] > 0)
+    return resample_stack(image, pose.inverse(), grid)[0]
+
+
 def score(
     volume: np.ndarray, grid: Grid, truth: tuple[np.ndarray, Grid], pose: RigidTransform
 ) -> float:
     """PSNR on ``grid`` at the true pose of the reference, after a gain."""
-    image = Stack("t", truth[0], truth[1], 2, 2.0, truth[0] > 0)
-    expected, _ = resample_stack(image, pose.inverse(), grid)
+    expected = truth_on(grid, truth, pose)
     inside = expected > 20
     gain = (volume[inside] @ expected[inside]) / (volume[inside] @ volume[inside])
     return psnr(gain * volume, expected, inside)
@@ -134,13 +139,12 @@ def test_air_that_only_the_tails_of_slices_see_stays_dark(
     method: str,
     truth: tuple[np.ndarray, Grid],
     stacks: tuple[SimulatedStack, ...],
-    prepared: Prepared,
     fits: dict[str, Fit],
 ) -> None:
-    grid, pose = output_grid(prepared, SETTINGS.output), stacks[prepared.reference].pose
-    image = Stack("t", truth[0], truth[1], 2, 2.0, truth[0] > 0)
-    head_there, _ = resample_stack(image, pose.inverse(), grid)
-    volume = sample(fits[method].field, grid)
+    found = fits[method]
+    grid, volume = found.grid, found.image()
+    (reference,) = (s for s in stacks if found.poses[s.stack.label] == RigidTransform())
+    head_there = truth_on(grid, truth, reference.pose)
     bright = np.quantile(volume[head_there > 20], 0.9)
     away = distance_transform_edt(head_there < 1, sampling=grid.voxel_size)
     beyond = (away > 6) & (away <= 12)
