@@ -70,7 +70,7 @@ CASES = {
 
 def settings_of(case: Case, extra: Sequence[str]) -> Settings:
     """No N4: the simulated bias is a quadratic, which the receivers know."""
-    settings = Settings.from_dict({"normalise": {"n4": False}, "acquisition": case.settings})
+    settings = Settings.from_dict({"acquisition": case.settings})
     for word in extra:
         name, value = word.split("=")
         section, key = name.split(".")

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = Settings.from_dict({"normalise": {"n4": False}})
+    settings = Settings()
     truth = truth_volume(options.truth, options.crop)
     stacks = [s.stack for s in simulate(*truth, PROTOCOL, threads=2)]
     prepared = prepare(stacks, settings, threads=2)

@@ -194,7 +194,7 @@ def whole_job(truth: Truth, device: str) -> float:
         root = Path(folder)
         simulated = simulate(*truth, PROTOCOL, threads=THREADS)
         write_dataset(root / "dataset", simulated, truth, PROTOCOL)
-        command = [str(root / "dataset"), str(root / "out"), "participant", "--no-n4"]
+        command = [str(root / "dataset"), str(root / "out"), "participant"]
         command += ["--device", device, "-w", str(root / "work")]
         start = time.monotonic()
         if code := cli.main(command):
@@ -229,7 +229,7 @@ def main() -> None:
             "no CUDA device on this machine: the floors of a GPU cannot be shown here; "
             "'--device cpu --crop 40' only tries the script"
         )
-    settings = Settings.from_dict({"normalise": {"n4": False}})
+    settings = Settings()
     truth = truth_volume(options.truth, options.crop)
     prepared = prepared_of(truth, settings)
     found: dict[str, Any] = heads(prepared, truth, settings, options.device, compare=True)

@@ -414,7 +414,7 @@ def main() -> int:
     arguments = parser.parse_args()
     # The same stack is the reference of every reconstruction, so that they lie in one space.
     options: dict[str, Any] = {
-        "normalise": {"n4": False, "reference": "random"},
+        "normalise": {"reference": "random"},
         "irem2021": {"coordinate_range": coordinate_range(arguments.truth, arguments.crop)},
     }
     if arguments.epochs is not None:

@@ -112,7 +112,7 @@ def make_subject(dataset: Path, subject: str, defect: str | None, seed: int) -> 
 def run(dataset: Path, out: Path, subjects: list[str], *more: str) -> None:
     """The app on some subjects."""
     command = [str(dataset), str(out), "participant", "--participant-label", *subjects]
-    command += ["--work-dir", str(out.parent / "work"), "--no-n4", *more]
+    command += ["--work-dir", str(out.parent / "work"), *more]
     command.append("--no-uncertainty")  # no check looks at it
     code = cli.main(command)
     if code:

@@ -51,7 +51,7 @@ def measure(root: Path, truth: Path, methods: list[str]) -> dict[str, object]:
     if not dataset.exists():
         stacks = simulate(volume, grid, PROTOCOL, threads=2)
         write_dataset(dataset, stacks, (volume, grid), PROTOCOL)
-    command = [str(dataset), str(out), "participant", "--work-dir", str(work), "--no-n4"]
+    command = [str(dataset), str(out), "participant", "--work-dir", str(work)]
     code = cli.main([*command, "--method", *methods])
     if code:
         raise SystemExit(f"irem-bids ended with {code}")

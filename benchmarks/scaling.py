@@ -32,7 +32,7 @@ from irem_bids.settings import Settings
 SIZES = (64, 96, 128, 160, 200, 240)
 #: Turned: stacks whose voxels fall on the result's take another, shorter way at some sizes.
 PROTOCOL = Protocol(thickness=4.0, snr=40.0, obliqueness=5.0, seed=11)
-SETTINGS = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+SETTINGS = Settings.from_dict({"normalise": {"registration": False}})
 
 
 def resized(truth: Path, size: int) -> tuple[np.ndarray, Grid]:

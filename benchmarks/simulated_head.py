@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["irem", "srr", "bspline"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep dataset and output here")
-    parser.add_argument("--app", default="--no-n4", help="further options of irem-bids, one string")
+    parser.add_argument("--app", default="", help="further options of irem-bids, one string")
     arguments = parser.parse_args()
     where = machine()
     folder = arguments.folder or Path(tempfile.mkdtemp())

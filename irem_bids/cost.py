@@ -34,7 +34,7 @@ REPORT = (15.0, 1.0)
 METHODS = {"irem": (60.0, 6.0), "srr": (5.0, 1.2), "bspline": (1.0, 3.4)}
 UNCERTAINTY = (4.0, 1.2)  # of irem and srr, each
 IREM2021_EPOCH = 100.0  # s per epoch and million acquired voxels
-N4 = 5.0  # s per million acquired voxels
+N4 = 10.0  # s per million acquired voxels
 STACKS = 3  # of the measurements
 
 

@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Simulating three stacks of 4 mm slices in {dataset}", flush=True)
     make_dataset(dataset, arguments.stride, arguments.threads)
     command = [str(dataset), str(out), "participant", "--method", *METHODS]
-    # The simulated scanner has no bias field: what N4 found would be the tissue's own contrast.
-    command += ["--output-resolution", str(float(arguments.stride)), "--no-n4", "--force"]
+    command += ["--output-resolution", str(float(arguments.stride)), "--force"]
     command += ["--work-dir", str(folder / "work")]
     print("irem-bids", *command, flush=True)
     code = cli.main(command)

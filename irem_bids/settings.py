@@ -104,7 +104,11 @@ class Selection:
 class Normalise:
     """Paper 2.1: masks, bias, intensity scale and one rigid pose per stack."""
 
-    n4: bool = option(True, "correct the bias field with N4")
+    n4: bool = option(
+        False,
+        "correct the bias field of each stack with N4 first; off: the result keeps that of the "
+        "reference stack, to which irem fits the gain and bias of the others",
+    )
     reference: str = option(
         "auto",
         "reference stack: 'auto' takes the one with the most foreground voxels weighted by "

@@ -45,7 +45,7 @@ from irem_bids.reconstruction.simulate import acquire
 from irem_bids.settings import Settings
 
 K = 4  # thickness over in-plane voxel, as in the paper's data set C
-SETTINGS = Settings.from_dict({"normalise": {"n4": False}, "acquisition": {"profile": "box"}})
+SETTINGS = Settings.from_dict({"acquisition": {"profile": "box"}})
 WEIGHTS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)  # of the direct scan's total variation, over its noise
 
 

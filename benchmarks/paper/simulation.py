@@ -87,7 +87,7 @@ def make(
     protocol = Protocol(thickness=k * float(grid.voxel_size.min()), profile=profile, margin=0.0)
     settings = Settings.from_dict(
         {
-            "normalise": {"n4": False, "registration": False},
+            "normalise": {"registration": False},
             "acquisition": {"profile": told or true},
             "irem2021": {"coordinate_range": coordinate_range(truth, crop)},
         }

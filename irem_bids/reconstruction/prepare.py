@@ -25,6 +25,8 @@ from .stack import ImageError, Mask, Stack, read_image, write_image
 LOGGER = logging.getLogger(__name__)
 FINEST = 2.0  # mm: voxel of the images that are registered; poses are refined afterwards
 CROP_MARGIN = 15.0  # mm kept around the foreground of a stack
+N4_SPACING = 60.0  # mm between control points of the bias field
+N4_ITERATIONS = (50, 50)  # coarse, fine
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Prepared:
     Attributes
     ----------
     stacks
-        Cropped around the foreground, bias-corrected; intensities scaled so that a percentile
-        of the foreground is 1.
+        Cropped around the foreground, bias-corrected where asked; intensities scaled so that a
+        percentile of the foreground is 1.
     poses
         Scanner space of each stack to reference space; the reference's is the identity.
     reference
@@ -202,7 +204,11 @@ def _otsu(values: NDArray) -> float:
 
 
 def correct_bias(stack: Stack, *, threads: int) -> Stack:
-    """N4 (Tustison et al. 2010) through SimpleITK, estimated on about 4 mm voxels."""
+    """N4 (Tustison et al. 2010) through SimpleITK, estimated on about 4 mm voxels.
+
+    Two levels, of which the finer has a control point every :data:`N4_SPACING` mm: a mesh that
+    is laid by the number of its points is as fine as lesions where the field of view is small.
+    """
     import SimpleITK as sitk
 
     sizes = stack.grid.voxel_size
@@ -216,9 +222,11 @@ def correct_bias(stack: Stack, *, threads: int) -> Stack:
         return stack
     corrector = sitk.N4BiasFieldCorrectionImageFilter()
     corrector.SetNumberOfThreads(threads)
-    corrector.SetMaximumNumberOfIterations([30, 20, 10])
-    corrector.SetConvergenceThreshold(1e-3)
-    corrector.SetNumberOfControlPoints([4, 4, 4])
+    corrector.SetMaximumNumberOfIterations(N4_ITERATIONS)
+    corrector.SetConvergenceThreshold(1e-6)
+    coarse = N4_SPACING * 2 ** (len(N4_ITERATIONS) - 1)
+    spans = np.maximum(1, np.rint(stack.grid.shape * sizes / coarse)).astype(int)
+    corrector.SetNumberOfControlPoints([int(n) + 3 for n in spans])  # cubic splines
     small = sitk.Clamp(small, lowerBound=1e-6)
     corrector.Execute(small, small_mask)
     field = sitk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)).T

@@ -48,7 +48,7 @@ def test_finished_group_is_recognised(tiny_dataset: Path, tmp_path: Path) -> Non
     "change",
     [
         {"srr": {"srr_lambda": 0.5}},
-        {"normalise": {"n4": False}},
+        {"normalise": {"n4": True}},
         {"run": {"random_seed": 7}},
         {"output": {"method": ["srr", "bspline"]}},
         {"output": {"model_out": True}},

@@ -34,8 +34,8 @@ def test_more_work_costs_more() -> None:
     assert both.seconds > plain.seconds and both.memory_gb == plain.memory_gb
     network = cost.estimate(group, settings("irem2021"), CPU)
     assert network.seconds > both.seconds
-    without = settings("srr").updated({"normalise": {"n4": False}})
-    assert cost.estimate(group, without, CPU).seconds < plain.seconds
+    corrected = settings("srr").updated({"normalise": {"n4": True}})
+    assert cost.estimate(group, corrected, CPU).seconds > plain.seconds
     more = replace(group, stacks=group.stacks + group.stacks)
     assert cost.estimate(more, settings("srr"), CPU).seconds > plain.seconds
     assert cost.estimate(group, settings("srr"), GPU).gpu_gb > cost.GPU_BASE_GB

@@ -357,7 +357,8 @@ def test_bar_places_the_value_in_the_range_of_all():
 
 # ------------------------------------------------------------------------------ methods
 def test_methods_text_says_what_ran():
-    settings = Settings.from_dict({"output": {"method": ["irem", "irem2021", "srr", "bspline"]}})
+    methods = {"output": {"method": ["irem", "irem2021", "srr", "bspline"]}}
+    settings = Settings.from_dict({**methods, "normalise": {"n4": True}})
     text = methods_text(settings, groups=[group()], versions={"torch": "2.13.0"})
     keys = citation_keys(text)
     for key in ("wu2021irem", "tancik2020fourier", "ebner2020automated", "tustison2010n4"):
@@ -373,7 +374,7 @@ def test_methods_text_leaves_out_what_did_not_run():
     settings = Settings.from_dict(
         {
             "output": {"method": ["bspline"]},
-            "normalise": {"n4": False, "registration": False, "reference": "random"},
+            "normalise": {"registration": False, "reference": "random"},
         }
     )
     text = methods_text(settings, metrics={"masked": {"axial1": "given"}})

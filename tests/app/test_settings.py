@@ -20,7 +20,7 @@ AWKWARD = {
         "derivatives": ["/a b/c", "/d"],
     },
     "acquisition": {"slice_thickness": 3.25},
-    "normalise": {"n4": False},
+    "normalise": {"n4": True},
     "irem": {"learning_rate": 1e-7, "steps": 3},
     "output": {"method": ["srr", "bspline"], "output_resolution": 0.8},
 }
@@ -52,12 +52,12 @@ def test_toml_is_taken_back(tables, tmp_path):
 
 def test_command_line_wins_over_toml_over_default(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text("[output]\noutput_resolution = 1.5\nmargin = 2\n[normalise]\nn4 = false\n")
+    path.write_text("[output]\noutput_resolution = 1.5\nmargin = 2\n[normalise]\nn4 = true\n")
     arguments = parse([*POSITIONALS, "--config-file", str(path), "--output-resolution", "0.7"])
     settings = settings_from(arguments, read_config(arguments.config_file))
     assert settings.output.output_resolution == 0.7
     assert settings.output.margin == 2.0
-    assert not settings.normalise.n4
+    assert settings.normalise.n4
     assert settings.output.method == ("irem",)
 
 
@@ -81,7 +81,7 @@ def test_every_option_is_a_flag():
         (["--participant_label=01"], "selection", "participant_label", ("01",)),
         (["--session-id", "1"], "selection", "session_label", ("1",)),
         (["-d", "a", "b", "-d", "c"], "selection", "derivatives", ("a", "b", "c")),
-        (["--no-n4"], "normalise", "n4", False),
+        (["--n4"], "normalise", "n4", True),
         (["--model-out"], "output", "model_out", True),
         (["--method", "irem", "srr"], "output", "method", ("irem", "srr")),
         (["--seed", "7"], "run", "random_seed", 7),

@@ -68,10 +68,10 @@ def test_group_chain_is_the_figure(tmp_path: Path) -> None:
 
 
 def test_settings_reach_their_nodes_whole(tmp_path: Path) -> None:
-    chosen = settings("irem").updated({"irem": {"hidden": 12}, "normalise": {"n4": False}})
+    chosen = settings("irem").updated({"irem": {"hidden": 12}, "normalise": {"n4": True}})
     wf = init_group_wf(group=report_material.group(), settings=chosen, place=place(tmp_path))
     normalise, optimise = wf.get_node("normalise"), wf.get_node("optimise_irem")
-    assert normalise.inputs.settings["normalise"]["n4"] is False
+    assert normalise.inputs.settings["normalise"]["n4"] is True
     assert optimise.inputs.settings["irem"]["hidden"] == 12
     assert set(optimise.inputs.settings["run"]) == {"random_seed", "deterministic"}
     assert Settings.from_dict(optimise.inputs.settings).irem == chosen.irem

@@ -19,7 +19,7 @@ from .test_end_to_end import QUICK
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE_VOXELS = 24
 #: As little as the app can be asked for; registration of noise-free phantoms is not the point.
-TINY = QUICK.replace("[normalise]\n", "[normalise]\nregistration = false\nn4 = false\n").replace(
+TINY = QUICK.replace("[normalise]\n", "[normalise]\nregistration = false\n").replace(
     "output_resolution = 3.0", "output_resolution = 5.0"
 )
 

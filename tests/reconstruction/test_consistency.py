@@ -24,7 +24,7 @@ from irem_bids.reconstruction.training import Training
 from irem_bids.settings import Settings
 from tests.phantom import head
 
-SETTINGS = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+SETTINGS = Settings.from_dict({"normalise": {"registration": False}})
 
 
 def made(shape: tuple[int, int, int], voxel: float, thickness: float) -> tuple[Job, System]:

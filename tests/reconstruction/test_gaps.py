@@ -34,7 +34,7 @@ from tests.phantom import head
 
 SETTINGS = Settings.from_dict(
     {
-        "normalise": {"n4": False, "registration": False},
+        "normalise": {"registration": False},
         "acquisition": {"profile": "none"},
         "irem": {"steps": 20},
     }

@@ -250,7 +250,6 @@ def test_a_whole_fit_the_way_of_a_gpu(
     protocol = Protocol(thickness=6.0, motion_degrees=4, motion_mm=3, snr=60, seed=3, **moved)
     settings = Settings.from_dict(
         {
-            "normalise": {"n4": False},
             "acquisition": {"profile_width": "learned"},
             "irem": {"steps": 4, "batch_size": 2, "hidden": 8, "motion": motion},
         }

@@ -110,7 +110,7 @@ def test_restored_is_the_minimum_about_data_with_what_was_left(system: System) -
 def test_the_automatic_penalty_is_the_same_per_volume_on_any_grid() -> None:
     """Its sum over a smooth image, sampled at 1 and at 0.5 mm, by hand."""
     stacks = simulate(*head((40, 44, 36), 2.0), Protocol(thickness=6.0, snr=40, seed=3))
-    settings = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+    settings = Settings.from_dict({"normalise": {"registration": False}})
     prepared = prepare([s.stack for s in stacks], settings)
 
     def total(voxel: float) -> float:
@@ -129,7 +129,7 @@ def test_the_automatic_penalty_is_the_same_per_volume_on_any_grid() -> None:
 def test_noise_that_is_not_texture_is_met_by_more_than_its_share() -> None:
     """Four times the noise: the measured one, with texture, rises less; the penalty more, but not
     where a network follows."""
-    settings = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+    settings = Settings.from_dict({"normalise": {"registration": False}})
 
     def at(snr: float) -> tuple[float, float, float]:
         stacks = simulate(*head((40, 44, 36), 2.0), Protocol(thickness=6.0, snr=snr, seed=3))

@@ -23,7 +23,7 @@ from irem_bids.reconstruction.trajectory import GAUGE, MISFIT, Path, orders
 from irem_bids.settings import Settings
 from tests.phantom import head
 
-SETTINGS = Settings.from_dict({"normalise": {"n4": False}, "irem": {"steps": 0}})
+SETTINGS = Settings.from_dict({"irem": {"steps": 0}})
 PROTOCOL = Protocol(
     thickness=4.0, slice_degrees=0.7, slice_mm=0.7, damaged=0.04, gain=0.05, snr=60, seed=5,
     margin=6.0,

@@ -18,7 +18,14 @@ from irem_bids.reconstruction.fields import GridField, ModelError, ResidualField
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.metrics import psnr
 from irem_bids.reconstruction.optimise import Fit, fit, quality
-from irem_bids.reconstruction.prepare import Prepared, cropped, head_mask, output_grid, prepare
+from irem_bids.reconstruction.prepare import (
+    Prepared,
+    correct_bias,
+    cropped,
+    head_mask,
+    output_grid,
+    prepare,
+)
 from irem_bids.reconstruction.sample import evaluate, sample
 from irem_bids.reconstruction.simulate import Protocol, SimulatedStack, bias_field, simulate
 from irem_bids.reconstruction.solver_torch import huber_weights, penalty_gradient
@@ -28,7 +35,6 @@ from tests.phantom import head
 
 SETTINGS = Settings.from_dict(
     {
-        "normalise": {"n4": False},
         "irem": {"steps": 40, "batch_size": 2, "hidden": 8},
         "irem2021": {"epochs_2021": 3, "batch_size_2021": 2500},
         "run": {"checkpoint_seconds": 0.0},
@@ -256,6 +262,30 @@ def test_bias_of_the_stacks_is_found(truth: tuple[np.ndarray, Grid]) -> None:
     error = (estimate - estimate.mean()) - (expected - expected.mean())
     assert expected.std() > 0.03
     assert error.std() < 0.25 * expected.std()
+
+
+def test_n4_takes_the_bias_and_leaves_what_is_large(truth: tuple[np.ndarray, Grid]) -> None:
+    """Of two scans that differ in their bias, and of two in a sphere of a quarter of the head."""
+    volume, grid = truth
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in volume.shape), indexing="ij"), axis=-1)
+    place = grid.to_world(index) - grid.centre
+    inside = np.linalg.norm(place - np.array([8.0, -6.0, 0.0]), axis=-1) < 9.0
+    bias = np.exp(0.004 * place[..., 0] - 0.003 * place[..., 2] - 4e-5 * place[..., 1] ** 2)
+    sound = Stack("axial1", volume, grid, 2, 2.0, volume > 20)
+    plain = correct_bias(sound, threads=1)
+
+    def change(data: np.ndarray) -> np.ndarray:
+        """The logarithm of what N4 multiplies, beyond what it does to the sound scan."""
+        done = correct_bias(sound.with_data(data.astype(np.float32)), threads=1).data
+        factors = (done / np.maximum(data, 1), plain.data / np.maximum(volume, 1))
+        found = np.log(factors[0][sound.mask]) - np.log(factors[1][sound.mask])
+        return np.asarray(found - found.mean())
+
+    expected = -np.log(bias[sound.mask])
+    expected -= expected.mean()
+    assert np.std(change(volume * bias) - expected) < 0.3 * np.std(expected)
+    lesion = change(np.where(inside, 1.3 * volume, volume))[inside[sound.mask]]
+    assert np.abs(lesion).mean() < 0.01 * np.log(1.3)
 
 
 @pytest.mark.gpu

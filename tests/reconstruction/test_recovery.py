@@ -29,7 +29,7 @@ from tests.phantom import head
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = Settings.from_dict(
     {
-        "normalise": {"n4": False, "registration": False},
+        "normalise": {"registration": False},
         "irem": {"steps": 40, "batch_size": 4, "refine_poses": False},
         "srr": {"srr_iterations": 4, "srr_reweightings": 1},
         "output": {"output_resolution": 4.0},

@@ -24,7 +24,7 @@ from tests.phantom import head
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = Settings.from_dict(
     {
-        "normalise": {"n4": False, "registration_starts": 1},
+        "normalise": {"registration_starts": 1},
         "irem": {"steps": 12, "batch_size": 2, "hidden": 8},
         "output": {"output_resolution": 4.0},
     }

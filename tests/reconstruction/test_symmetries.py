@@ -21,7 +21,7 @@ from tests.stacks import AXES
 
 SETTINGS = Settings.from_dict(
     {
-        "normalise": {"registration": False, "n4": False},
+        "normalise": {"registration": False},
         "srr": {"srr_iterations": 12, "srr_reweightings": 2},
         "output": {"output_resolution": 6.0},
     }

@@ -20,7 +20,7 @@ from irem_bids.reconstruction.uncertainty import standard_deviation
 from irem_bids.settings import Settings
 from tests.phantom import head
 
-SETTINGS = Settings.from_dict({"normalise": {"n4": False, "registration": False}})
+SETTINGS = Settings.from_dict({"normalise": {"registration": False}})
 TRUTH, GRID = head((34, 38, 30), 2.5)
 
 
