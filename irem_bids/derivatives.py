@@ -132,6 +132,12 @@ def _belonging(group: Group, method: str) -> list[Path]:
             for desc in ("brain", "head")
             for extension in (".nii.gz", ".json")
         ),
+        *(
+            {"from": one.label, "to": other.label, "mode": "image", "desc": method}
+            | {"suffix": "xfm", "extension": ".txt"}
+            for one in group.stacks
+            for other in group.stacks  # any of them may have been the reference
+        ),
     ]
     return [Path(relative_path(group, **entities)) for entities in names]
 

@@ -190,8 +190,8 @@ def binned(
 def build_system(job: Job, grid: Grid, state: State) -> System:
     """The stacks' models on ``grid``, binned to its voxel.
 
-    Voxels that no stack comes near stay 0; where slices leave gaps, each slice stands for what
-    lies half-way to its neighbours.
+    Voxels that no stack comes near stay as they are; where slices leave gaps, each slice stands
+    for what lies half-way to its neighbours.
     """
     prepared, models = job.prepared, []
     rows = zip(prepared.stacks, job.uses, state.poses, state.widths, strict=True)

@@ -225,9 +225,12 @@ def test_nothing_of_an_older_result_lies_beside_a_new_one(result: Result, tmp_pa
     masks_used(result, "axial1", "coronal1", "sagittal1")
     derivatives.save(with_masks, tmp_path)
     old = {"desc-irem_std.nii.gz", "desc-irem_std.json", "desc-brain_mask.nii.gz"}
+    old.add("from-coronal1_to-axial1_mode-image_desc-irem_xfm.txt")
     anat = tmp_path / "sub-01/anat"
     assert all((anat / f"sub-01_{name}").exists() for name in old)
     std.unlink()
+    fit = json.loads((result.methods["irem"] / "fit.json").read_text())
+    write_json(result.methods["irem"] / "fit.json", {**fit, "poses": {}})
     write_json(
         result.prepared / "step.json",
         json.loads((result.prepared / "step.json").read_text().replace("given", "otsu")),
@@ -235,6 +238,7 @@ def test_nothing_of_an_older_result_lies_beside_a_new_one(result: Result, tmp_pa
     derivatives.save(replace(result, keys={"irem": "c" * 64, "bspline": "d" * 64}), tmp_path)
     assert not any((anat / f"sub-01_{name}").exists() for name in old)
     assert (anat / "sub-01_desc-head_mask.nii.gz").exists()
+    assert (anat / "sub-01_from-coronal1_to-axial1_mode-image_xfm.txt").exists()
     assert (anat / "sub-01_desc-bspline_T1w.json").exists()
 
 
