@@ -122,7 +122,7 @@ def run(dataset: Path, out: Path, subjects: list[str], *more: str) -> None:
 def causes(out: Path) -> dict[str, dict[str, str]]:
     """Per subject what asks for a look: cause to words."""
     found = {}
-    for path in sorted((out.parent / "work" / "reports").glob("*.json")):
+    for path in sorted((out.parent / "work").glob("*/reports/*.json")):
         inp = pages.recall(path, out)
         findings = summary.check(material.load(inp))
         found[inp.group.subject] = {f.cause: f.text for f in findings if f.look}

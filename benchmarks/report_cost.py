@@ -55,7 +55,7 @@ def measure(root: Path, truth: Path, methods: list[str]) -> dict[str, object]:
     code = cli.main([*command, "--method", *methods])
     if code:
         raise SystemExit(f"irem-bids ended with {code}")
-    (record,) = (work / "reports").glob("*.json")
+    (record,) = work.glob("*/reports/*.json")
     begin = time.monotonic()
     text = subprocess.check_output([sys.executable, "-c", AGAIN, str(record), str(out)], text=True)
     whole = time.monotonic() - begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import shutil
 import sys
 import time
@@ -166,6 +167,20 @@ def open_run(bids_dir: str | Path, output_dir: str | Path, settings: Settings) -
     return Run(Path(bids_dir).resolve(), output, work, settings, name, provenance(name))
 
 
+def own_folder(run: Run) -> Path:
+    """Folder of the output's own in the work folder; the output knows its name, wherever it is."""
+    path = run.logs / "work_folder.txt"
+    if not path.is_file():
+        fresh = write_text(path.with_name(f".{run.name}_work_folder.txt"), uuid.uuid4().hex[:12])
+        try:
+            os.link(fresh, path)  # of several runs that begin at once, one gives the name
+        except OSError:  # it is there, or the file system has no links
+            if not path.exists():
+                shutil.copyfile(fresh, path)
+        fresh.unlink(missing_ok=True)
+    return run.work_dir / f"output-{path.read_text().strip()}"
+
+
 def check_output(run: Run) -> None:
     """Refuse to call a run well whose output folder went away under it.
 
@@ -232,7 +247,7 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
 
     quieten_nipype()
 
-    place = Place(run.output_dir, run.work_dir, resources, run.provenance)
+    place = Place(run.output_dir, run.work_dir, own_folder(run), resources, run.provenance)
     for group in groups:
         folder = place.group_folder(group)
         if run.settings.run.force:
@@ -302,9 +317,16 @@ def _report_again(group: Group, run: Run) -> Outcome:
     """Make a page anew from the work folder."""
     from . import pages
 
-    reports = run.work_dir / "reports"
-    if not (reports / f"{group.name}.json").is_file():
-        cause = f"--reports-only: nothing of it in the work folder {run.work_dir}"
+    reports = own_folder(run) / "reports"
+    record = reports / f"{group.name}.json"
+    if not record.is_file():
+        cause = f"--reports-only: nothing of it in the work folder {reports.parent}"
+        return Outcome(group.name, "failed", cause, int(ExitCode.NO_INPUT))
+    if not pages.belongs(record, run.output_dir):
+        cause = (
+            f"--reports-only: what the work folder {reports.parent} has of it is not what made "
+            "the images in the output; run without --reports-only, and with --force, to make both"
+        )
         return Outcome(group.name, "failed", cause, int(ExitCode.NO_INPUT))
     try:
         pages.write_page(group, reports, run.output_dir)
@@ -351,16 +373,18 @@ def write_boilerplate(
 
 def clean_work(groups: Sequence[Group], run: Run) -> None:
     """Remove what this dataset's groups left in the work folder."""
-    from .workflow import Place
+    from .workflow import COHORT_NAME, Place
 
-    place = Place(run.output_dir, run.work_dir, Resources(1, 1, 1.0, ("cpu",)), {})
+    one = Resources(1, 1, 1.0, ("cpu",))
+    place = Place(run.output_dir, run.work_dir, own_folder(run), one, {})
     for group in groups:
         shutil.rmtree(place.group_folder(group), ignore_errors=True)
         (place.reports / f"{group.name}.json").unlink(missing_ok=True)
     shutil.rmtree(run.work_dir / "crashes", ignore_errors=True)
-    for folder in (place.group_folder(g).parent for g in groups[:1]):
-        for leftover in folder.glob("*.json"):
-            leftover.unlink(missing_ok=True)
-    for name in ("irem_bids_wf", "checkpoints/locks", "checkpoints", "reports"):
-        if (run.work_dir / name).is_dir() and not any((run.work_dir / name).iterdir()):
-            (run.work_dir / name).rmdir()
+    folder = place.own / COHORT_NAME
+    for leftover in folder.glob("*.json"):
+        leftover.unlink(missing_ok=True)
+    locks = place.checkpoints / "locks"
+    for left in (folder, place.reports, place.own, locks, locks.parent):
+        if left.is_dir() and not any(left.iterdir()):
+            left.rmdir()

@@ -19,6 +19,7 @@ from . import log
 from .atomic import write_json, write_text
 from .exitcodes import ExitCode, UserError
 from .groups import Group
+from .paths import completed_key
 from .products import Result
 from .settings import Settings
 from .tables import collect, column_record, columns_of, describe_column, table_text
@@ -34,6 +35,7 @@ def remember(result: Result, reports: Path, errors: Sequence[dict[str, Any]] = (
         "methods": {method: str(folder) for method, folder in result.methods.items()},
         "settings": result.settings.to_dict(),
         "provenance": result.provenance,
+        "keys": result.keys,
         "errors": list(errors),
     }
     return write_json(reports / f"{result.group.name}.json", record)
@@ -55,14 +57,26 @@ def recall(path: Path, output_dir: Path) -> Any:
     )
 
 
-def records_of(group: Group, reports: Path) -> list[Path]:
-    """Records of all groups of a group's subject and session."""
+def records_of(group: Group, reports: Path, output_dir: Path) -> list[Path]:
+    """Records of all groups of a group's subject and session that belong to this output."""
     same = []
     for path in sorted(reports.glob(f"sub-{group.subject}_*.json")):
-        other = json.loads(path.read_text())["group"]
-        if (other["subject"], other["session"]) == (group.subject, group.session):
+        other = Group.from_dict(json.loads(path.read_text())["group"])
+        alike = (other.subject, other.session) == (group.subject, group.session)
+        if alike and (other.name == group.name or belongs(path, output_dir)):
             same.append(path)
     return same
+
+
+def belongs(path: Path, output_dir: Path) -> bool:
+    """Whether a record tells of what is in an output, or will be: a work folder may have served
+    another dataset, which in a container has the same paths and subjects of the same name."""
+    record = json.loads(path.read_text())
+    group = Group.from_dict(record["group"])
+    if not all(Path(stack.path).is_file() for stack in group.stacks):
+        return False
+    saved = ((completed_key(output_dir, group, m), key) for m, key in record["keys"].items())
+    return bool(record["errors"]) or all(there in (None, key) for there, key in saved)
 
 
 def write_page(group: Group, reports: Path, output_dir: Path) -> Path:
@@ -73,7 +87,8 @@ def write_page(group: Group, reports: Path, output_dir: Path) -> Path:
     lock = reports / f".sub-{group.subject}_ses-{group.session or ''}.lock"
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        inputs = [recall(path, output_dir) for path in records_of(group, reports)]
+        paths = records_of(group, reports, output_dir)
+        inputs = [recall(path, output_dir) for path in paths]
         return Path(build_report(inputs, output_dir, group.subject, group.session))
 
 

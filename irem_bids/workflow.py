@@ -32,6 +32,9 @@ class Place:
     ----------
     output_dir, work_dir
         Absolute folders.
+    own
+        Folder below ``work_dir`` of what is known by its name only: each output has one, for
+        ``sub-01`` is in many a dataset.
     resources
         Limits of the run.
     provenance
@@ -40,6 +43,7 @@ class Place:
 
     output_dir: Path
     work_dir: Path
+    own: Path
     resources: Resources
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -51,11 +55,11 @@ class Place:
     @property
     def reports(self) -> Path:
         """Folder of what reports are made from."""
-        return self.work_dir / "reports"
+        return self.own / "reports"
 
     def group_folder(self, group: Group) -> Path:
         """Folder of a group's nodes."""
-        return self.work_dir / COHORT_NAME / workflow_name(group)
+        return self.own / COHORT_NAME / workflow_name(group)
 
 
 def workflow_name(group: Group) -> str:
@@ -68,7 +72,7 @@ def init_cohort_wf(*, groups: Iterable[Group], settings: Settings, place: Place)
 
     Inputs and outputs: none; each group's chain knows its files and where to save.
     """
-    cohort_wf = Workflow(name=COHORT_NAME, base_dir=str(place.work_dir))
+    cohort_wf = Workflow(name=COHORT_NAME, base_dir=str(place.own))
     cohort_wf.add_nodes(
         [init_group_wf(group=group, settings=settings, place=place) for group in groups]
     )
@@ -86,7 +90,7 @@ def init_group_wf(*, group: Group, settings: Settings, place: Place) -> Workflow
     -------
     none; ``save`` writes into the output folder
     """
-    group_wf = Workflow(name=workflow_name(group), base_dir=str(place.work_dir))
+    group_wf = Workflow(name=workflow_name(group), base_dir=str(place.own))
     methods = list(settings.output.method)
     described = group.to_dict()
     threads = place.resources.threads

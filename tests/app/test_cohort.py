@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from irem_bids import cohort, completion, engine, paths, resources
+from irem_bids import cohort, completion, engine, pages, paths, resources
 from irem_bids.atomic import write_json, write_text
 from irem_bids.bids import Discovery, discover
 from irem_bids.cohort import Outcome
 from irem_bids.exitcodes import ExitCode, UserError
+from irem_bids.products import Result
 from irem_bids.resources import Resources
 from irem_bids.settings import Run, Settings
 from irem_bids.tables import quality_row
@@ -141,6 +142,48 @@ def test_reports_only_needs_the_work_folder(tiny_dataset: Path, tmp_path: Path) 
     assert code == ExitCode.NO_INPUT
     (table,) = (tmp_path / "out" / "logs").glob("*_groups.tsv")
     assert "nothing of it in the work folder" in table.read_text()
+
+
+def test_a_page_shows_nothing_of_another_dataset(tiny_dataset: Path, tmp_path: Path) -> None:
+    """One work folder may have served many; in a container all have the same paths."""
+    (group,) = discover(tiny_dataset, SETTINGS).groups
+    out, reports = tmp_path / "out", tmp_path / "reports"
+    finish(out, group, SETTINGS)
+    key = paths.completed_key(out, group, "srr")
+
+    def record(name: str, path: str, key: str | None, errors: tuple[str, ...] = ()) -> None:
+        stacks = tuple(replace(stack, path=path or stack.path) for stack in group.stacks)
+        result = Result(
+            group=replace(group, entities={"ce": name}, stacks=stacks),
+            prepared=tmp_path, methods={}, settings=SETTINGS, provenance={},
+            keys={} if key is None else {"srr": key},
+        )  # fmt: skip
+        pages.remember(result, reports, [{"step": step} for step in errors])
+
+    finish(out, replace(group, entities={"ce": "own"}), SETTINGS)
+    own = paths.completed_key(out, replace(group, entities={"ce": "own"}), "srr")
+    finish(out, replace(group, entities={"ce": "old"}), SETTINGS)
+    record("own", "", own)
+    record("old", "", "f" * 64)  # another run's, with other settings
+    record("gone", str(tmp_path / "sub-01_T2w.nii.gz"), key)  # another dataset's
+    record("new", "", "e" * 64)  # about to be saved
+    record("failed", "", None, ("normalise",))
+    found = {path.name for path in pages.records_of(group, reports, out)}
+    assert found == {f"sub-01_ce-{name}_T1w.json" for name in ("own", "new", "failed")}
+
+
+def test_an_output_has_its_own_work_folder_wherever_it_is(tmp_path: Path) -> None:
+    first, second = (
+        cohort.open_run(tmp_path, tmp_path / name, SETTINGS.updated(
+            {"run": {"work_dir": str(tmp_path / "work")}})) for name in ("a", "b")
+    )  # fmt: skip
+    for run in (first, second):
+        run.logs.mkdir(exist_ok=True)
+    own = cohort.own_folder(first)
+    assert own.parent == tmp_path / "work" and own == cohort.own_folder(first)
+    assert own != cohort.own_folder(second)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert cohort.own_folder(replace(first, output_dir=tmp_path / "moved")) == own
 
 
 def test_nothing_to_do_is_success(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ GPUS = Resources(nprocs=4, threads=2, memory_gb=6.0, devices=("cuda:0", "cuda:1"
 
 
 def place(tmp_path: Path, resources: Resources = CPU) -> Place:
-    return Place(tmp_path / "out", tmp_path / "work", resources, {"run": "test"})
+    return Place(
+        tmp_path / "out", tmp_path / "work", tmp_path / "work/own", resources, {"run": "test"}
+    )
 
 
 def settings(*methods: str) -> Settings:

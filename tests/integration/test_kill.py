@@ -101,7 +101,8 @@ def saved_steps(work: Path, method: str) -> int:
 
 def history(work: Path, method: str) -> dict[str, list[float]]:
     """The curves of the training, with every digit."""
-    fit = work / "irem_bids_wf" / "sub_01_T1w_wf" / f"optimise_{method}" / "model" / "fit.json"
+    steps = f"*/irem_bids_wf/sub_01_T1w_wf/optimise_{method}/model/fit.json"
+    (fit,) = work.glob(steps)
     return json.loads(fit.read_text())["history"]
 
 
