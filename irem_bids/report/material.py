@@ -92,7 +92,7 @@ class ReportInput:
     prepared
         Folder of ``Prepared.save``; ``None`` where that step never ended.
     methods
-        Folder of each method: ``volume.nii.gz``, ``mask.nii.gz``, ``std.nii.gz``,
+        Folder of each method: ``volume.nii.gz``, ``whole.nii.gz``, ``mask.nii.gz``, ``std.nii.gz``,
         ``fit.json``, ``model.safetensors``, ``quality.json``; any of them may be missing.
     settings
         The settings of the run.
@@ -118,7 +118,8 @@ class ReportInput:
 class MethodResult:
     """What one method left in its folder.
 
-    ``volume`` is in the units of the reference stack, ``std`` (its standard deviation) too;
+    ``volume`` is in the units of the reference stack, ``std`` (its standard deviation) too, and
+    ``whole``: the volume before masks cut it, which is what predicts the stacks;
     ``poses`` map each stack's scanner coordinates into reference space (RAS+ mm).
     """
 
@@ -129,6 +130,7 @@ class MethodResult:
     mask: Mask | None = None
     std: FloatImage | None = None
     quality: dict[str, Any] = field(default_factory=dict)
+    whole: FloatImage | None = None
     poses: dict[str, RigidTransform] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -220,10 +222,12 @@ def load(inp: ReportInput) -> Material:
 
 
 def _method(name: str, folder: Path) -> MethodResult:
-    volume, grid, mask = None, None, None
+    volume, whole, grid, mask = None, None, None, None
     if (folder / "volume.nii.gz").exists():
         volume, grid = read_image(folder / "volume.nii.gz")
-        mask = volume != 0
+        mask, whole = volume != 0, volume
+        if (folder / "whole.nii.gz").exists():
+            whole, _ = read_image(folder / "whole.nii.gz")
         if (folder / "mask.nii.gz").exists():
             mask = read_image(folder / "mask.nii.gz")[0] > 0.5
     fit = _json(folder / "fit.json")
@@ -231,6 +235,7 @@ def _method(name: str, folder: Path) -> MethodResult:
         name=name,
         folder=folder,
         volume=volume,
+        whole=whole,
         grid=grid,
         mask=mask,
         quality=_json(folder / "quality.json"),

@@ -85,7 +85,7 @@ def voxels(
     ``acquisition`` says the slice profile; methods that know none see point samples.  The
     receiver is left to the caller.
     """
-    if result.volume is None or result.grid is None:
+    if result.whole is None or result.grid is None:
         raise ValueError(f"{result.name} left no volume")
     slices = poses(result, stack, pose)
     moved = slices[int(index[0, stack.slice_axis])]
@@ -101,7 +101,7 @@ def voxels(
     for offset, weight in zip(offsets, nodes.weights, strict=True):
         points = moved.apply(centres + offset * stack.normal)
         total += weight * ndimage.map_coordinates(
-            result.volume,
+            result.whole,
             result.grid.to_index(points).T,
             order=1,
             mode="nearest",

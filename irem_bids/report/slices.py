@@ -81,12 +81,14 @@ def fit_stack(
     random = np.random.default_rng(0)
     residual, brightness = np.full(len(mask), np.nan), np.full(len(mask), np.nan)
     pairs: dict[int, tuple[NDArray, NDArray]] = {}
+    shading = predicted.receiver(result, stack, pose)
     for k in map(int, np.flatnonzero(counts >= max(20, ENOUGH * counts.max()))):
         index = np.insert(np.argwhere(mask[k]), axis, k, axis=1)
         if len(index) > VOXELS:
             index = index[random.choice(len(index), VOXELS, replace=False)]
         acquired = stack.data[tuple(index.T)].astype(np.float64)
         guess = predicted.voxels(stack, result, pose, index, acquisition) / scale
+        guess *= shading[tuple(index.T)]
         if not np.any(guess > 0):
             continue
         pairs[k] = acquired, guess

@@ -12,7 +12,15 @@ from PIL import Image
 
 from irem_bids.reconstruction.geometry import RigidTransform
 from irem_bids.reconstruction.stack import read_image, write_image
-from irem_bids.report import build_report, make_figures, predicted, residuals, uncertainty, viewer
+from irem_bids.report import (
+    build_report,
+    make_figures,
+    predicted,
+    residuals,
+    slices,
+    uncertainty,
+    viewer,
+)
 from irem_bids.report import material as report_material
 from irem_bids.report.studio import Studio
 from irem_bids.settings import Acquisition
@@ -78,7 +86,7 @@ def test_predicted_voxels_are_seen_through_the_profile_of_the_settings(tmp_path)
     middle = int(known.grid.to_index(stack.grid.to_world(index))[0, 2]) + 1
     volume = np.zeros(known.grid.shape, dtype=np.float32)
     volume[:, :, middle:] = 1.0
-    result = replace(known, volume=volume, fit={})
+    result = replace(known, whole=volume, fit={})
     edge = known.grid.to_world(np.array([0, 0, middle - 0.5]))[2]
     found = {
         kind: predicted.voxels(stack, result, RigidTransform(), index, Acquisition(profile=kind))
@@ -111,6 +119,39 @@ def test_receiver_has_gain_and_bias(tmp_path):
     result = report_material.load(inp).methods["irem"]
     plain = predicted.receiver(result, ready.stacks[1], ready.poses[1])
     assert np.all(plain == 0.96)
+
+
+def test_bias_that_was_found_is_no_bad_slice(tmp_path):
+    ready = prepared()
+    inp = make_input(tmp_path / "w", ready, ("irem",))
+    bias = [0.0, 1.5, 0.0, 0.0, -6.0, 0.0, 0.0, 0.0, 0.0]
+    edit_fit(inp.methods["irem"], bias={"axial1": bias})
+    result = report_material.load(inp).methods["irem"]
+    stack, pose = ready.stacks[0], ready.poses[0]
+    shaded = stack.with_data(stack.data * predicted.receiver(result, stack, pose))
+    plain = slices.fit_stack(stack, pose, replace(result, fit={}), SCALE, Acquisition())
+    known = slices.fit_stack(shaded, pose, result, SCALE, Acquisition())
+    unknown = slices.fit_stack(shaded, pose, replace(result, fit={}), SCALE, Acquisition())
+    assert np.nanmedian(known.residual) < 1.2 * np.nanmedian(plain.residual)
+    assert np.nanmedian(unknown.residual) > 2 * np.nanmedian(plain.residual)
+
+
+def test_what_masks_cut_off_still_predicts_the_stacks(tmp_path):
+    ready = prepared()
+    inp = make_input(tmp_path / "w", ready, ("irem",))
+    folder = inp.methods["irem"]
+    volume, grid = read_image(folder / "volume.nii.gz")
+    write_image(folder / "whole.nii.gz", volume, grid)
+    index = np.argwhere(ready.stacks[0].mask)
+    index = index[index[:, 2] == 5]
+    guesses = []
+    for kept in (volume, 0 * volume):
+        write_image(folder / "volume.nii.gz", kept, grid)
+        result = report_material.load(inp).methods["irem"]
+        guesses.append(
+            predicted.voxels(ready.stacks[0], result, RigidTransform(), index, Acquisition())
+        )
+    assert np.array_equal(*guesses) and guesses[0].any()
 
 
 def test_weights_motion_and_uncertainty_are_drawn(tmp_path):
