@@ -147,6 +147,11 @@ class Normalise(Step):
         centre = plausible.centre_of(prepared.stacks[prepared.reference])
         pairs = prepared.metrics.get("ncc_pairs", ())
         found = plausible.judge_poses(prepared.stacks, prepared.poses, centre, pairs)
+        places = {
+            done.label: prepared_slices(acquired, done)
+            for acquired, done in zip(stacks, prepared.stacks, strict=True)
+        }
+        empty = plausible.judge_slices(prepared.stacks, places)
         step = {
             **meter.read("normalise"),
             "reference": prepared.stacks[prepared.reference].label,
@@ -155,11 +160,8 @@ class Normalise(Step):
                 for stack, pose in zip(prepared.stacks, prepared.poses, strict=True)
             },
             "metrics": prepared.metrics,
-            "slices": {
-                done.label: prepared_slices(acquired, done)
-                for acquired, done in zip(stacks, prepared.stacks, strict=True)
-            },
-            "doubts": list(found.doubts),
+            "slices": places,
+            "doubts": [*found.doubts, *empty.doubts],
         }
         write_json(target / "step.json", step)
         found.refuse()  # what was prepared stays, for the report of the failure
@@ -248,7 +250,7 @@ class _ReconstructInput(_MethodInput):
 
 
 class _ReconstructOutput(TraitedSpec):
-    folder = Directory(desc="model, volume.nii.gz, mask.nii.gz, std.nii.gz, quality.json")
+    folder = Directory(desc="model, volume, whole, mask and std (.nii.gz), quality.json")
     key = traits.Str(desc="the model's key")
 
 
@@ -296,6 +298,9 @@ class Reconstruct(Step):
         found = _judge(prepared, result, values, grid, mask, metrics)
         found.refuse()
         if set(prepared.metrics["masked"].values()) == {"given"}:
+            write_image(
+                target / "whole.nii.gz", values * prepared.scale, grid
+            )  # it predicts stacks
             values[~mask] = 0  # the masks say what the result is about
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
         write_image(target / "mask.nii.gz", mask, grid)
@@ -330,7 +335,8 @@ def _judge(prepared: Any, result: Any, values: Any, grid: Any, mask: Any, metric
     ]
     if result.method != "bspline":
         psnr = metrics.get("held_out_psnr")
-        found.append(plausible.judge_prediction(psnr, stacks, poses, prepared.held_out))
+        given = (stacks, poses, prepared.held_out, result.slice_weights)
+        found.append(plausible.judge_prediction(psnr, *given))
     return plausible.Findings(
         tuple(text for one in found for text in one.failures),
         tuple(text for one in found for text in one.doubts),

@@ -80,6 +80,23 @@ def judge_poses(
     return Findings(tuple(failures), tuple(doubts))
 
 
+def judge_slices(stacks: Sequence[Stack], places: Mapping[str, Mapping[str, int]]) -> Findings:
+    """Empty slices between others, which are left out; ``places`` has the ``first`` acquired."""
+    doubts = []
+    for stack in stacks:
+        across = tuple(a for a in range(3) if a != stack.slice_axis)
+        empty = np.flatnonzero(stack.empty.any(across)) + places[stack.label]["first"]
+        if len(empty):
+            which = ", ".join(str(k) for k in empty)
+            many = (
+                f"slices {which} of {stack.label} hold"
+                if len(empty) > 1
+                else (f"slice {which} of {stack.label} holds")
+            )
+            doubts.append(f"{many} one value only (counted from 0), as if dropped: left out")
+    return Findings(doubts=tuple(doubts))
+
+
 def judge_volume(
     values: NDArray[np.float32],
     grid: Grid,
@@ -125,9 +142,13 @@ def judge_prediction(
     stacks: Sequence[Stack],
     poses: Mapping[str, RigidTransform],
     held_out: Sequence[NDArray[np.bool_]],
+    weights: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Findings:
-    """Held-out voxels predicted worse (``psnr``, dB) than by plain interpolation: a doubt."""
-    plain = interpolated_psnr(stacks, poses, held_out)
+    """Held-out voxels predicted worse (``psnr``, dB) than by plain interpolation: a doubt.
+
+    ``weights``: per label (K,) by which slices count in ``psnr``.
+    """
+    plain = interpolated_psnr(stacks, poses, held_out, weights)
     if psnr is None or plain is None or psnr >= plain - PSNR_DROP:
         return Findings()
     return Findings(
@@ -142,13 +163,17 @@ def interpolated_psnr(
     stacks: Sequence[Stack],
     poses: Mapping[str, RigidTransform],
     held_out: Sequence[NDArray[np.bool_]],
+    weights: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> float | None:
-    """Held-out voxels predicted by the mean of the stacks' cubic B-splines, dB, peak 1."""
+    """Held-out voxels predicted by the mean of the stacks' cubic B-splines, dB, peak 1.
+
+    Each counts as its slice does in ``weights`` (per label (K,); all alike if not given).
+    """
     splines = [
-        spline_filter(without(stack, held).data, order=3, output=np.float32, mode="mirror")
+        spline_filter(without(stack, held).filled().data, order=3, output=np.float32, mode="mirror")
         for stack, held in zip(stacks, held_out, strict=True)
     ]
-    error, count = 0.0, 0
+    error, count = 0.0, 0.0
     for stack, held in zip(stacks, held_out, strict=True):
         points = poses[stack.label].apply(stack.grid.to_world(np.argwhere(held)))
         total, weight = np.zeros(len(points)), np.zeros(len(points))
@@ -159,8 +184,9 @@ def interpolated_psnr(
             total += np.where(within, values, 0)
             weight += within
         seen = weight > 0
-        error += float(np.sum((stack.data[held][seen] - total[seen] / weight[seen]) ** 2))
-        count += int(seen.sum())
+        trust = stack.by_slice((weights or {}).get(stack.label, 1.0))[held][seen]
+        error += float(trust @ (stack.data[held][seen] - total[seen] / weight[seen]) ** 2)
+        count += float(trust.sum())
     return -10 * float(np.log10(error / count)) if count and error > 0 else None
 
 

@@ -311,7 +311,7 @@ def _registered_stacks(result: Result, made: Path) -> list[Product]:
     uris = {stack.label: stack.uri for stack in result.group.stacks}
     files = []
     for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
-        values, _ = resample_stack(stack, pose, grid)
+        values, _ = resample_stack(stack.filled(), pose, grid)
         path = write_image(made / f"{stack.label}.nii.gz", values * prepared.scale, grid)
         sidecar = {"SkullStripped": False, "Sources": [uris[stack.label]]}
         entities = {

@@ -31,7 +31,7 @@ from .registration import ncc
 from .rehearsal import Example, rehearse
 from .repeatable import repeatable, small_matrices
 from .sample import evaluate, sample
-from .solution import Job, Linear, Prediction, Progress, State, build_system, solve_linear
+from .solution import BAD, Job, Linear, Prediction, Progress, State, build_system, solve_linear
 from .stack import Stack
 from .training import Training
 
@@ -216,7 +216,7 @@ def _grid_field(grid: Grid, volume: Tensor) -> GridField:
 
 def _fit_bspline(job: Job) -> Fit:
     pairs = zip(job.prepared.stacks, job.prepared.held_out, strict=True)
-    volume = bspline([without(s, held) for s, held in pairs], job.prepared.poses, job.grid)
+    volume = bspline([without(s, held).filled() for s, held in pairs], job.prepared.poses, job.grid)
     return _result(job, "bspline", _grid_field(job.grid, torch.from_numpy(volume)))
 
 
@@ -329,12 +329,9 @@ def _noise(system: System, volume: Tensor) -> list[float]:
 def _held_out(job: Job, linear: Linear) -> Callable[[Tensor], float] | None:
     """Mean squared error of the held-out voxels, as a function of the volume (X, Y, Z)."""
     chosen = Prediction(job, job.grid, linear.state, list(job.prepared.held_out))
-    count = sum(len(m.values) for m in chosen.models)
-    if not count:
+    if not sum(len(m.values) for m in chosen.models):
         return None
-    return lambda volume: (
-        sum(float((r.double() ** 2).sum()) for r in chosen.residuals(volume)) / count
-    )
+    return lambda volume: chosen.error(volume, linear.state.slice_weights)
 
 
 # -------------------------------------------------------------------------- irem2021
@@ -344,7 +341,8 @@ def _fit_irem2021(job: Job) -> Fit:
     options, prepared = job.settings.irem2021, job.prepared
     uses = job.uses
     if options.background:
-        uses = [~held for held in prepared.held_out]
+        pairs = zip(prepared.stacks, prepared.held_out, strict=True)
+        uses = [~held & ~stack.empty for stack, held in pairs]
     points, values = _voxels(prepared, uses)
     doubts: list[str] = []
     field, history = fit_paper(
@@ -380,12 +378,13 @@ def quality(
     """Metrics that need no truth; ``image`` is :meth:`Fit.image`, made here if not given.
 
     ``held_out_psnr`` (dB, peak 1 = the percentile of the foreground that intensities are
-    scaled to) and ``held_out_ncc``: prediction of the voxels that were never trained on.
+    scaled to) and ``held_out_ncc``: prediction of the voxels that were never trained on, each
+    counted as its slice was in the fit, and those of slices with no weight not at all.
     ``self_consistency``: per stack the NCC between acquired and predicted foreground;
     ``residual``: per stack the root mean square residual, scaled intensity.
     ``rotation_deg``, ``translation_mm``: per stack, of its pose about the head's centre.
     """
-    acquired, predicted = [], []
+    acquired, predicted, counted = [], [], []
     consistency, residual, turn, shift = {}, {}, {}, {}
     centre = _centre(prepared)
     if image is None and result.method != "irem2021":
@@ -394,17 +393,20 @@ def quality(
         seen = result.predict(stack, settings, image)
         acquired.append(stack.data[held])
         predicted.append(seen[held])
+        counted.append(stack.by_slice(result.slice_weights.get(stack.label, 1.0))[held])
         consistency[stack.label] = ncc(stack.data[stack.mask], seen[stack.mask])
         error = (stack.data - seen)[stack.mask].astype(np.float64)
         residual[stack.label] = float(np.sqrt(np.mean(error**2)))
         vector = result.poses[stack.label].to_vector(centre)
         turn[stack.label] = float(np.rad2deg(np.linalg.norm(vector[:3])))
         shift[stack.label] = float(np.linalg.norm(vector[3:]))
-    a, b = np.concatenate(acquired), np.concatenate(predicted)
-    mean_square = float(np.mean((a.astype(np.float64) - b) ** 2)) if len(a) else 0.0
+    a, b, w = (np.concatenate(each) for each in (acquired, predicted, counted))
+    total = float(w.sum())
+    mean_square = float(w @ (a.astype(np.float64) - b) ** 2) / total if total > 0 else 0.0
+    whole = w >= BAD
     return {
         "held_out_psnr": float(-10 * np.log10(mean_square)) if mean_square > 0 else None,
-        "held_out_ncc": ncc(a, b) if len(a) else None,
+        "held_out_ncc": ncc(a[whole], b[whole]) if whole.any() else None,
         "held_out_voxels": len(a),
         "self_consistency": consistency,
         "residual": residual,

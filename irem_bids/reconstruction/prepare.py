@@ -189,6 +189,8 @@ def prepared_slices(acquired: Stack, prepared: Stack) -> dict[str, int]:
 
 def _closed(mask: Mask, sizes: NDArray, radius: float) -> Mask:
     grown = ndimage.distance_transform_edt(~mask, sampling=sizes) <= radius
+    if grown.all():
+        return np.asarray(grown)
     # beyond the edge of the image counts as inside: a head that is cut stays whole at the cut
     return ndimage.distance_transform_edt(grown, sampling=sizes) > radius
 
@@ -248,7 +250,7 @@ def noise_level(stack: Stack) -> float:
 def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) -> Prepared:
     """Masks, N4, intensity scale, registration to the reference stack, held-out voxels.
 
-    A stack whose mask is all ones gets a head mask.
+    A stack whose mask is all ones gets a head mask; empty slices between others leave it.
 
     Raises
     ------
@@ -270,7 +272,7 @@ def prepare(stacks: Sequence[Stack], settings: Settings, *, threads: int = 1) ->
     }
     reference = _choose_reference(ready, snr, options.reference, random)
     voxel = max(FINEST, min(min(s.in_plane) for s in ready) * 1.5)
-    images = [isotropic(s, voxel) for s in ready]
+    images = [isotropic(s.filled(), voxel) for s in ready]
     poses = [RigidTransform()] * len(ready)
     if options.registration:
         poses = [
@@ -310,8 +312,11 @@ def _condition(stack: Stack, given: bool, options: Normalise, threads: int) -> t
     if float(np.ptp(stack.data)) == 0.0:
         raise ImageError(f"{stack.label}: all voxels have one value; expected an image of a head")
     if not given:
-        stack = stack.with_data(stack.data, head_mask(stack))
+        stack = stack.with_data(stack.data, head_mask(stack.filled()))
     stack = cropped(stack, CROP_MARGIN)
+    stack = stack.with_data(stack.data, stack.mask & ~stack.empty)
+    if not stack.mask.any():
+        raise ImageError(f"{stack.label}: every slice with foreground is empty")
     if options.n4:
         stack = correct_bias(stack, threads=threads)
     scale = float(np.percentile(stack.data[stack.mask], options.intensity_percentile))

@@ -86,7 +86,7 @@ class Job:
             use = stack.mask
             if self.prepared.metrics["masked"][stack.label] == "given":
                 distance = distance_transform_edt(~use, sampling=stack.grid.voxel_size)
-                use = distance <= MASK_MARGIN
+                use = (distance <= MASK_MARGIN) & ~stack.empty
             rows.append(use & ~held)
         return rows
 
@@ -262,6 +262,16 @@ class Prediction:
         """Per stack: acquired minus predicted, in the models' order of rows."""
         pairs = zip(self.models, self.factors, strict=True)
         return [m.values - g * m.forward(volume) for m, g in pairs]
+
+    def error(self, volume: Tensor, slice_weights: Sequence[NDArray[np.float64]]) -> float:
+        """Mean squared residual, each voxel counted as its slice; ``slice_weights``: (K,) each."""
+        total, count = 0.0, 0.0
+        rows = zip(self.models, self.residuals(volume), slice_weights, strict=True)
+        for model, residual, weights in rows:
+            each = torch.from_numpy(weights[model.slice_of_row]).to(residual.device)
+            total += float((each * residual.double() ** 2).sum())
+            count += float(each.sum())
+        return total / max(count, 1.0)
 
 
 def penalty_strength(
@@ -553,13 +563,7 @@ class _Solver:
     def _held_out(self, state: State) -> float:
         """Mean squared error of the held-out voxels, slices weighted as in the fit."""
         held = Prediction(self.job, self.grid, state, list(self.job.prepared.held_out))
-        total, count = 0.0, 0.0
-        rows = zip(held.models, held.residuals(self._volume), state.slice_weights, strict=True)
-        for model, residual, weights in rows:
-            each = torch.from_numpy(weights[model.slice_of_row]).to(residual.device)
-            total += float((each * residual.double() ** 2).sum())
-            count += float(each.sum())
-        return total / max(count, 1.0)
+        return held.error(self._volume, state.slice_weights)
 
 
 def _crossed(system: System) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .geometry import Grid, plane, through_plane_axis
 from .headers import HeaderError, check_header, world
@@ -80,6 +80,38 @@ class Stack:
     def normal(self) -> NDArray[np.float64]:
         """(3,) unit vector along increasing slice index, RAS+."""
         return self.grid.directions[:, self.slice_axis]
+
+    def by_slice(self, values: ArrayLike) -> NDArray:
+        """(I, J, K) view of ``values`` (K,) of the slices, or of the one for all."""
+        each = np.broadcast_to(values, (self.grid.shape[self.slice_axis],))
+        across = tuple(a for a in range(3) if a != self.slice_axis)
+        return np.broadcast_to(np.expand_dims(each, across), self.grid.shape)
+
+    @property
+    def empty(self) -> Mask:
+        """(I, J, K) voxels of slices of one value between slices that have several.
+
+        They hold nothing: a scanner or a converter dropped them.  At the ends it may be air.
+        """
+        across = tuple(a for a in range(3) if a != self.slice_axis)
+        several = self.data.max(across) > self.data.min(across)
+        out, known = ~several, np.flatnonzero(several)
+        if len(known):
+            out[: known[0]] = out[known[-1] :] = False
+        return self.by_slice(out)
+
+    def filled(self) -> Stack:
+        """The stack with its empty slices between their neighbours: for what interpolates it."""
+        across = tuple(a for a in range(3) if a != self.slice_axis)
+        empty = self.empty.any(across)
+        if not empty.any():
+            return self
+        data, known = np.moveaxis(self.data.copy(), self.slice_axis, 0), np.flatnonzero(~empty)
+        for k in np.flatnonzero(empty):
+            low, high = known[known < k][-1], known[known > k][0]
+            share = np.float32((k - low) / (high - low))
+            data[k] = (1 - share) * data[low] + share * data[high]
+        return self.with_data(np.moveaxis(data, 0, self.slice_axis))
 
     def with_data(self, data: NDArray, mask: Mask | None = None) -> Stack:
         """The same stack with other intensities (and mask)."""

@@ -100,6 +100,15 @@ def test_volumes_that_cannot_be(stacks: list[Stack]) -> None:
     assert "goes beyond the range of the stacks by more than 25%" in found.doubts[0]
 
 
+def test_empty_slices_are_told(stacks: list[Stack]) -> None:
+    data = stacks[0].data.copy()
+    data[:, :, [4, 6]] = 0.0
+    places = {s.label: {"first": 2} for s in stacks}
+    assert plausible.judge_slices(stacks, places) == plausible.Findings()
+    (text,) = plausible.judge_slices([stacks[0].with_data(data), *stacks[1:]], places).doubts
+    assert text.startswith(f"slices 6, 8 of {stacks[0].label} hold one value only")
+
+
 def test_prediction_against_plain_interpolation(stacks: list[Stack]) -> None:
     rng = np.random.default_rng(0)
     held = [(rng.random(s.data.shape) < 0.05) & s.mask for s in stacks]
@@ -112,6 +121,14 @@ def test_prediction_against_plain_interpolation(stacks: list[Stack]) -> None:
     assert "predicted worse" in poor.doubts[0]
     none = [np.zeros_like(h) for h in held]
     assert plausible.judge_prediction(20.0, stacks, identity(), none) == plausible.Findings()
+    # a slice that was rejected has no say
+    torn = stacks[0].data.copy()
+    torn[:, :, 5] = 0.1 * torn[:, :, 5]
+    broken = [stacks[0].with_data(torn), *stacks[1:]]
+    trust = {stacks[0].label: np.where(np.arange(torn.shape[2]) == 5, 0.0, 1.0)}
+    every = plausible.interpolated_psnr(broken, identity(), held)
+    sound = plausible.interpolated_psnr(broken, identity(), held, trust)
+    assert every is not None and sound is not None and every < sound
     # what is held out must not be known
     changed = [replace(s, data=np.where(h, 9.0, s.data)) for s, h in zip(stacks, held, strict=True)]
     worse = plausible.interpolated_psnr(changed, identity(), held)

@@ -446,6 +446,93 @@ def test_cropping_keeps_every_voxel_in_its_place(prepared: Prepared) -> None:
     assert np.allclose(*places)
 
 
+def test_empty_slices_are_left_out(
+    stacks: tuple[SimulatedStack, ...], prepared: Prepared, fits: dict[str, Fit]
+) -> None:
+    """Slices that a scanner dropped are neither data, nor registered, nor a reason for trust."""
+    holes = []
+    for one in stacks:
+        data = one.stack.data.copy()
+        data[:, :, [5, 8]] = 0.0
+        holes.append(one.stack.with_data(data))
+    made = prepare(holes, SETTINGS)
+    for stack, one in zip(made.stacks, stacks, strict=True):
+        first = int(one.stack.grid.to_index(stack.grid.to_world(np.zeros(3)))[2].round())
+        empty = {5 - first, 8 - first}
+        assert set(np.flatnonzero(stack.empty.any((0, 1)))) == empty
+        assert not stack.mask[:, :, sorted(empty)].any()
+        assert made.metrics["noise"][stack.label] == pytest.approx(
+            prepared.metrics["noise"][stack.label], rel=0.25
+        )
+    grid = output_grid(made, SETTINGS.output)
+    image = fit("srr", made, grid, SETTINGS).image()
+    usual = fits["srr"].image()
+    assert image.min() > usual.min() - 0.5  # -12 before
+    assert image.max() < 2 * usual.max()  # 15 before; nobody sees where empty slices cross
+    for pose, one in zip(made.poses, stacks, strict=True):
+        reference = stacks[made.reference].pose
+        away = (reference @ pose @ one.pose.inverse()).to_vector(grid.centre)
+        assert np.linalg.norm(away[3:]) < 1.5  # mm; up to 25 before
+
+
+def test_filled_slices_lie_between_their_neighbours() -> None:
+    data = np.random.default_rng(0).random((4, 7, 5)).astype(np.float32)
+    data[:, [0, 2, 3, 6]] = 0.0
+    stack = Stack("s", data, Grid(data.shape, np.eye(4)), 1, 1.0, np.ones(data.shape, bool))
+    assert list(stack.empty.any((0, 2))) == [False, False, True, True, False, False, False]
+    filled = stack.filled().data
+    assert np.allclose(filled[:, 2], (2 * data[:, 1] + data[:, 4]) / 3)
+    assert np.allclose(filled[:, 3], (data[:, 1] + 2 * data[:, 4]) / 3)
+    assert np.array_equal(np.delete(filled, [2, 3], axis=1), np.delete(data, [2, 3], axis=1))
+
+
+def test_slices_that_were_rejected_do_not_count_in_the_prediction(
+    prepared: Prepared, fits: dict[str, Fit]
+) -> None:
+    usual = quality(prepared, fits["irem"], SETTINGS)
+    stack = prepared.stacks[0]
+    data = stack.data.copy()
+    data[:, :, 6] *= 0.1
+    torn = replace(prepared, stacks=(stack.with_data(data), *prepared.stacks[1:]))
+    every = quality(torn, fits["irem"], SETTINGS)
+    weights = dict(fits["irem"].slice_weights)
+    weights[stack.label] = np.where(np.arange(data.shape[2]) == 6, 0.0, weights[stack.label])
+    known = quality(torn, replace(fits["irem"], slice_weights=weights), SETTINGS)
+    assert every["held_out_psnr"] < usual["held_out_psnr"] - 3
+    assert known["held_out_psnr"] == pytest.approx(usual["held_out_psnr"], abs=0.5)
+    assert known["held_out_ncc"] > 0.98 > every["held_out_ncc"]
+
+
+def test_little_overlap_shades_nothing() -> None:
+    """Two slabs that share three slices, no bias in either: nothing to extrapolate."""
+    volume, grid = head((54, 60, 50), 3.0)
+    protocol = Protocol(orientations=("axial", "axial"), thickness=9.0, snr=25, seed=3, margin=9.0)
+    slabs = []
+    for one, (low, high) in zip(
+        simulate(volume, grid, protocol), ((0, 0.6), (0.45, 1)), strict=True
+    ):
+        stack, count = one.stack, one.stack.data.shape[2]
+        part = slice(int(low * count), int(np.ceil(high * count)))
+        affine = np.array(stack.grid.affine)
+        affine[:3, 3] = stack.grid.to_world(np.array([0, 0, part.start]))
+        data = stack.data[:, :, part]
+        slabs.append(
+            replace(stack, data=data, mask=stack.mask[:, :, part], grid=Grid(data.shape, affine))
+        )
+    settings = SETTINGS.updated({"irem": {"steps": 0}})
+    made = prepare(slabs, settings)
+    found = fit("irem", made, output_grid(made, settings.output), settings)
+    assert max(np.abs(r.bias).max() for r in found.receivers.values()) < 0.25  # 0.5 before
+    true = truth_on(found.grid, (volume, grid), RigidTransform())
+    inside = true > 150
+    ratio = (found.image() / np.maximum(true, 1))[inside]
+    height = found.grid.to_world(np.argwhere(inside))[:, 2]
+    cuts = np.quantile(height, [0, 0.2, 0.4, 0.6, 0.8])
+    part = np.searchsorted(cuts, height, side="right") - 1
+    shading = np.array([np.median(ratio[part == k]) for k in range(5)]) / np.median(ratio)
+    assert np.abs(shading - 1).max() < 0.03  # 0.06 before
+
+
 def test_images_without_a_head_are_refused() -> None:
     grid, mask = Grid((8, 8, 8), np.eye(4)), np.ones((8, 8, 8), bool)
     flat = Stack("flat", np.full((8, 8, 8), 3.0, np.float32), grid, 2, 1.0, mask)
