@@ -127,10 +127,10 @@ def _check_labels(what: str, prefix: str, wanted: list[str], there: list[str]) -
     if not missing:
         return
     near = difflib.get_close_matches(missing[0], there, n=3) or there[:5]
-    hint = ", ".join(prefix + label for label in near) or "none"
+    hint = f", among them {', '.join(prefix + label for label in near)}" if near else ""
     raise UserError(
         f"no such {what}: {', '.join(prefix + label for label in missing)}; the dataset has "
-        f"{len(there)} {what}{'' if len(there) == 1 else 's'}, among them {hint}",
+        f"{len(there) or 'no'} {what}{'' if len(there) == 1 else 's'}{hint}",
         ExitCode.NOTHING_SELECTED,
     )
 

@@ -127,7 +127,7 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
         return out
 
     found: dict[str, Any] = {}
-    if fit.get("gains") and method != "bspline":
+    if fit.get("gains") and method == "irem":
         found["Gains"] = fit["gains"]
     info = fit.get("info", {})
     if network := info.get("network"):
@@ -313,7 +313,12 @@ def _registered_stacks(result: Result, made: Path) -> list[Product]:
     for stack, pose in zip(prepared.stacks, prepared.poses, strict=True):
         values, _ = resample_stack(stack.filled(), pose, grid)
         path = write_image(made / f"{stack.label}.nii.gz", values * prepared.scale, grid)
-        sidecar = {"SkullStripped": False, "Sources": [uris[stack.label]]}
+        sidecar = {
+            "Description": "A stack of thick slices on the grid of the result, at the pose of the "
+            "registration, its intensities scaled alike with the others",
+            "SkullStripped": False,
+            "Sources": [uris[stack.label]],
+        }
         entities = {
             "acquisition": stack.label,
             "desc": "registered",

@@ -106,8 +106,8 @@ class Normalise:
 
     n4: bool = option(
         False,
-        "correct the bias field of each stack with N4 first; off: the result keeps that of the "
-        "reference stack, to which irem fits the gain and bias of the others",
+        "correct the bias field of each stack with N4 first; off: the result has what is common "
+        "to the stacks' bias fields (irem fits in what they differ; srr and bspline do not)",
     )
     reference: str = option(
         "auto",
@@ -115,7 +115,10 @@ class Normalise:
         "signal-to-noise ratio, 'random' draws it with the seed as in the paper",
         choices=("auto", "random"),
     )
-    registration: bool = option(True, "register the stacks rigidly; off: trust the headers")
+    registration: bool = option(
+        True,
+        "register the stacks rigidly; off: trust the headers, and irem fits no gain or bias either",
+    )
     registration_levels: int = option(
         3, "levels of the multi-resolution registration", low=1, high=5
     )
@@ -189,7 +192,9 @@ class Srr:
 class Irem:
     """The default method: a continuous field on the profile-aware linear solution."""
 
-    refine_poses: bool = option(True, "refine poses and gains together with the image")
+    refine_poses: bool = option(
+        True, "refine poses, gains and bias together with the image; not with --no-registration"
+    )
     pose_rounds: int = option(
         3, "joint Gauss-Newton rounds for image, poses and gains", low=0, high=50
     )
@@ -265,7 +270,11 @@ class Output:
     margin: float = option(
         5.0, "margin around the head in the result", unit="mm", low=0.0, high=100.0
     )
-    save_registered: bool = option(False, "also write the stacks resampled to the result's grid")
+    save_registered: bool = option(
+        False,
+        "also write the stacks resampled to the result's grid, at the poses of the registration "
+        "and scaled alike",
+    )
     uncertainty: bool = option(
         True, "also write a standard deviation for each voxel (irem and srr)"
     )

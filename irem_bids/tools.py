@@ -277,12 +277,14 @@ def estimated_poses(
     from .reconstruction.geometry import RigidTransform
 
     scan = scan_of(reconstruction)
+    contrast = [] if scan.suffix == "T1w" else [scan.suffix]
     method = re.search(r"_desc-([0-9A-Za-z]+)", reconstruction.name)
     poses, folder = {}, derivatives / scan.folder
     for label in known.poses:
         stem = f"{scan.prefix}*_from-{label}_to-*_mode-image"
         own = sorted(folder.glob(f"{stem}_desc-{method[1]}_xfm.txt")) if method else []
-        files = own or sorted(folder.glob(f"{stem}_xfm.txt"))
+        both = own + sorted(folder.glob(f"{stem}_xfm.txt"))
+        files = [f for f in both if re.findall("_mod-([0-9A-Za-z]+)", f.name) == contrast]
         if files:
             text = files[0].read_text(encoding="utf-8")
             poses[label] = RigidTransform.from_itk_text(text).inverse()

@@ -199,9 +199,9 @@ def slices(material: Material) -> list[Finding]:
         if words:
             reasons.append(f"{label}: {listed(words, most=4)}")
     text = (
-        f"Slices that disagree with the rest: {'; '.join(reasons)}. They were used all the same, "
-        "with what weight the method gave them; slices are counted from 0 in the stack as "
-        "cropped."
+        f"Slices that disagree with the rest: {'; '.join(reasons)}. Each counts "
+        "with the weight that the method gave it, which may be next to none; slices are counted "
+        "from 0 in the stack as cropped."
         if reasons
         else "Every slice agrees with the result about as well as its neighbours do."
     )

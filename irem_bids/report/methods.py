@@ -109,7 +109,7 @@ def _normalise(settings: Settings, metrics: Mapping[str, Any], versions: Mapping
         " and its intensity non-uniformity was corrected with N4 [@tustison2010n4], as implemented "
         f"in {simpleitk}"
         if chosen.n4
-        else "; no bias field correction was applied"
+        else "; no bias field correction was applied to single stacks"
     )
     words += (
         f". Intensities were scaled so that the {chosen.intensity_percentile:g}th percentile of "

@@ -109,7 +109,7 @@ def _per_stack(material: Material, metrics: Mapping[str, Any]) -> tuple[dict[str
     stacks = () if material.prepared is None else material.prepared.stacks
     stated = {stack.label: stack.slice_thickness for stack in stacks}
     for result in material.methods.values():
-        found = {**result.quality, "gain": result.gains}
+        found = {**result.quality, "gain": result.gains if result.name == "irem" else None}
         if (width := widths(result, stated)) != stated:
             found["profile_width"] = width
         for name in PER_STACK:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from irem_bids.exitcodes import ExitCode
 from irem_bids.reconstruction.fields import load_model, save_model
 from irem_bids.reconstruction.geometry import Grid, RigidTransform
 from irem_bids.reconstruction.paper2021 import PaperNetwork
-from irem_bids.reconstruction.simulated_dataset import read_truth
+from irem_bids.reconstruction.simulated_dataset import Scan, read_truth
 from irem_bids.reconstruction.spline import Spline
 from irem_bids.reconstruction.stack import read_image, write_image
 from tests.phantom import head
@@ -97,6 +98,36 @@ def test_simulate_adds_a_subject_and_refuses_to_overwrite(simulated, truth_file,
     assert "sub-kid2_ses-a_acq-axial_FLAIR.nii.gz" in names
     assert tools.simulate_main(more) == ExitCode.CANNOT_CREATE
     assert "already" in capsys.readouterr().err
+
+
+def test_contrasts_of_a_session_keep_their_truths_apart(
+    simulated, outputs, truth_file, tmp_path, capsys
+):
+    two = tmp_path / "two"
+    shutil.copytree(simulated, two)
+    first = read_truth(two, Scan("01"))
+    more = [str(truth_file), str(two), "--slice-thickness", "12", "--in-plane", "4"]
+    moved = ["--motion-mm", "5", "--motion-degrees", "5", "--seed", "9"]
+    assert tools.simulate_main([*more, "--suffix", "FLAIR", *moved]) == 0
+    capsys.readouterr()
+    again, flair = read_truth(two, Scan("01")), read_truth(two, Scan("01", None, "FLAIR"))
+    for label, pose in first.poses.items():
+        assert np.array_equal(again.poses[label].matrix, pose.matrix)
+    assert not np.allclose(flair.poses["axial1"].matrix, first.poses["axial1"].matrix)
+    # the transforms of one contrast are not those of the other
+    folder = tmp_path / "out" / "sub-01" / "anat"
+    folder.mkdir(parents=True)
+    for path in outputs.parent.glob("*_xfm.txt"):
+        shutil.copy(path, folder)
+    for label in ("axial1", "sagittal1"):
+        pose = flair.poses["coronal1"].inverse() @ flair.poses[label]
+        name = f"sub-01_mod-FLAIR_from-{label}_to-coronal1_mode-image_desc-irem_xfm.txt"
+        (folder / name).write_text(pose.inverse().to_itk_text())
+    image = folder / "sub-01_desc-irem_FLAIR.nii.gz"
+    found = tools.estimated_poses(tmp_path / "out", image, flair)
+    for label in ("axial1", "sagittal1"):
+        expected = flair.poses["coronal1"].inverse() @ flair.poses[label]
+        assert np.allclose(found[label].matrix, expected.matrix, atol=1e-6)
 
 
 def test_evaluate_takes_the_gauge_out(simulated, outputs, capsys):
