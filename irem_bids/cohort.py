@@ -255,24 +255,30 @@ def run_groups(groups: Sequence[Group], run: Run, resources: Resources) -> list[
             (place.reports / f"{group.name}.json").unlink(missing_ok=True)
         for failure in folder.glob("*/failure.json"):
             failure.unlink()
-    cohort_wf = init_cohort_wf(groups=groups, settings=run.settings, place=place)
     crashes = run.work_dir / "crashes" / run.name
-    configure(cohort_wf, crashes, stop_on_first=run.settings.run.stop_on_first_crash)
+    stopped = run.settings.run.stop_on_first_crash
     plugin, arguments = choose_plugin(len(groups), run.settings, resources)
     LOG.info(
         "%d group(s), %d processor(s), %d thread(s) a step, %.1f GB, %s, plugin %s",
         len(groups), resources.nprocs, resources.threads, resources.memory_gb,
         " ".join(resources.devices), plugin,
     )  # fmt: skip
+    # Where nothing runs side by side, a graph for each group: nipype takes every group of a
+    # graph through a step before the next step, so that none would be finished for long.
+    batches = [[group] for group in groups] if plugin == "Linear" else [list(groups)]
     fault: BaseException | None = None
-    try:
-        with started_plugin(plugin, arguments) as engine:
-            cohort_wf.run(plugin=engine, plugin_args=arguments)
-    except Exception as error:
-        fault = error
-        LOG.debug("the graph ended with an error", exc_info=True)
-    stop.leave_if_asked()
-    stopped = run.settings.run.stop_on_first_crash
+    for batch in batches:
+        cohort_wf = init_cohort_wf(groups=batch, settings=run.settings, place=place)
+        configure(cohort_wf, crashes, stop_on_first=stopped)
+        try:
+            with started_plugin(plugin, arguments) as engine:
+                cohort_wf.run(plugin=engine, plugin_args=arguments)
+        except Exception as error:
+            fault = error
+            LOG.debug("the graph ended with an error", exc_info=True)
+        stop.leave_if_asked()
+        if stopped and fault:
+            break
     outcomes = [outcome_of(group, place, fault, stopped) for group in groups]
     outcomes = [_with_space(o, g, run) for o, g in zip(outcomes, groups, strict=True)]
     keep_crashes(crashes, outcomes, run)

@@ -54,6 +54,7 @@ class SturdyMultiProc(MultiProcPlugin):
     """``MultiProc`` that survives the death of its workers."""
 
     pool: ProcessPoolExecutor
+    turns: list[int]  # per node the place of its group among all
 
     def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
         super().__init__(plugin_args=plugin_args)
@@ -91,6 +92,11 @@ class SturdyMultiProc(MultiProcPlugin):
         future.add_done_callback(lambda done: self._finished(taskid, done))
         return taskid
 
+    def _generate_dependency_list(self, graph: Any) -> None:
+        super()._generate_dependency_list(graph)
+        groups = list(dict.fromkeys(node._hierarchy for node in self.procs))
+        self.turns = [groups.index(node._hierarchy) for node in self.procs]
+
     def _finished(self, taskid: int, done: Future) -> None:
         if done.cancelled():
             return
@@ -106,8 +112,13 @@ class SturdyMultiProc(MultiProcPlugin):
         }
 
     def _sort_jobs(self, jobids: Iterable[int], scheduler: str | None = "tsort") -> list[int]:
-        """Jobs that may be started now, those on a GPU first."""
+        """Jobs that may be started now, those on a GPU first, and group by group.
+
+        nipype would take every group through a step before the next step, so that none would
+        be finished for long.
+        """
         ready = [int(job) for job in super()._sort_jobs(jobids, scheduler)]
+        ready.sort(key=lambda job: self.turns[job])
         on_gpu = [job for job in ready if self.procs[job].is_gpu_node()]
         rest = [job for job in ready if not self.procs[job].is_gpu_node()]
         _, processors, _ = self._check_resources(self.pending_tasks)

@@ -202,6 +202,20 @@ def test_reports_only_and_group_level(ran: Path, tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == sorted(METHODS)
 
 
+@pytest.mark.parametrize("processors", [1, 2])
+def test_groups_are_finished_before_others_begin(tmp_path: Path, processors: int) -> None:
+    """A long cohort shows results early, and a run that is stopped leaves whole ones."""
+    make_dataset(tmp_path / "bids", ("01", "02", "03", "04"))
+    log = app(
+        tmp_path, "--nprocs", str(processors), "--omp-nthreads", "1", methods=("bspline",)
+    )  # fmt: skip
+    begun = [log.index(f"sub-0{n}_T1w: normalise") for n in (1, 2, 3, 4)]
+    saved = [log.index(f"sub-0{n}_T1w: save") for n in (1, 2, 3, 4)]
+    assert begun == sorted(begun)
+    assert min(saved) < begun[processors]
+    assert sorted(saved)[3 - processors] < begun[3]
+
+
 def test_one_failing_subject_stops_no_other(tmp_path: Path) -> None:
     """A subject whose intensities are negative fails; two processes do the others."""
     make_dataset(tmp_path / "bids", ("01", "02", "03"))
