@@ -298,10 +298,9 @@ class Reconstruct(Step):
         found = _judge(prepared, result, values, grid, mask, metrics)
         found.refuse()
         if set(prepared.metrics["masked"].values()) == {"given"}:
-            write_image(
-                target / "whole.nii.gz", values * prepared.scale, grid
-            )  # it predicts stacks
-            values[~mask] = 0  # the masks say what the result is about
+            # The masks say what the result is about; all of it predicts the stacks in the report.
+            write_image(target / "whole.nii.gz", values * prepared.scale, grid)
+            values[~mask] = 0
         write_image(target / "volume.nii.gz", values * prepared.scale, grid)
         write_image(target / "mask.nii.gz", mask, grid)
         if deviation is not None:

@@ -88,12 +88,10 @@ def judge_slices(stacks: Sequence[Stack], places: Mapping[str, Mapping[str, int]
         empty = np.flatnonzero(stack.empty.any(across)) + places[stack.label]["first"]
         if len(empty):
             which = ", ".join(str(k) for k in empty)
-            many = (
-                f"slices {which} of {stack.label} hold"
-                if len(empty) > 1
-                else (f"slice {which} of {stack.label} holds")
+            doubts.append(
+                f"{stack.label}: left out as dropped, for they hold one value only: "
+                f"{len(empty)} slice(s), {which} (counted from 0)"
             )
-            doubts.append(f"{many} one value only (counted from 0), as if dropped: left out")
     return Findings(doubts=tuple(doubts))
 
 

@@ -379,7 +379,7 @@ def quality(
 
     ``held_out_psnr`` (dB, peak 1 = the percentile of the foreground that intensities are
     scaled to) and ``held_out_ncc``: prediction of the voxels that were never trained on, each
-    counted as its slice was in the fit, and those of slices with no weight not at all.
+    counted as its slice was in the fit (``ncc``: those of slices that count half at least).
     ``self_consistency``: per stack the NCC between acquired and predicted foreground;
     ``residual``: per stack the root mean square residual, scaled intensity.
     ``rotation_deg``, ``translation_mm``: per stack, of its pose about the head's centre.

@@ -57,12 +57,12 @@ class Scan:
         return f"sub-{self.subject}" + (f"_ses-{self.session}" if self.session else "")
 
     @property
-    def other(self) -> str:
+    def other_prefix(self) -> str:
         """The prefix of files whose suffix does not name the contrast, as irem-bids has it."""
         return self.prefix + ("" if self.suffix == "T1w" else f"_mod-{self.suffix}")
 
     @property
-    def masked(self) -> str:
+    def mask_prefix(self) -> str:
         """The prefix of the contrast's mask."""
         return self.prefix + ("" if self.suffix == "T1w" else f"_space-{self.suffix}")
 
@@ -118,21 +118,21 @@ def write_dataset(
         write_image(anat / f"{stem}.nii.gz", one.stack.data, one.stack.grid)
         _write_json(anat / f"{stem}.json", _sidecar(one, protocol))
         files[one.stack.label] = (scan.folder / f"{stem}.nii.gz").as_posix()
-        xfm = truth_anat / f"{scan.other}_from-{one.stack.label}_to-truth_mode-image_xfm.txt"
+        xfm = truth_anat / f"{scan.other_prefix}_from-{one.stack.label}_to-truth_mode-image_xfm.txt"
         _write_text(xfm, one.pose.inverse().to_itk_text())
     write_image(truth_anat / f"{name}.nii.gz", volume, grid)
     _write_json(truth_anat / f"{name}.json", {"SkullStripped": False})
-    mask = f"{scan.masked}_desc-head_mask"
+    mask = f"{scan.mask_prefix}_desc-head_mask"
     write_image(truth_anat / f"{mask}.nii.gz", head_mask(volume), grid)
     source = f"bids::{(scan.folder / name).as_posix()}.nii.gz"
-    known = {"SpatialReference": source} if scan.masked != scan.prefix else {}
+    known = {"SpatialReference": source} if scan.mask_prefix != scan.prefix else {}
     _write_json(truth_anat / f"{mask}.json", {"Type": "ROI", "Sources": [source], **known})
     record = {
         "Description": "What the simulator did. 'pose' maps scanner to truth space, RAS+ mm.",
         "Protocol": dataclasses.asdict(protocol),
         "Stacks": [{"file": files[s.draw.label], **s.draw.to_dict()} for s in stacks],
     }
-    _write_json(truth_anat / f"{scan.other}_desc-truth_simulation.json", record)
+    _write_json(truth_anat / f"{scan.other_prefix}_desc-truth_simulation.json", record)
     return beside
 
 
@@ -146,14 +146,14 @@ def read_truth(bids_dir: str | Path, scan: Scan | None = None) -> KnownTruth:
     """
     scan = scan or Scan()
     anat = Path(bids_dir) / "derivatives" / "truth" / scan.folder
-    record_path = anat / f"{scan.other}_desc-truth_simulation.json"
+    record_path = anat / f"{scan.other_prefix}_desc-truth_simulation.json"
     if not record_path.exists():
         raise FileNotFoundError(
             f"{record_path} is missing: {bids_dir} is no dataset of {NAME}, or lacks this scan"
         )
     record = json.loads(record_path.read_text(encoding="utf-8"))
     volume, grid = read_image(anat / f"{scan.prefix}_desc-truth_{scan.suffix}.nii.gz")
-    mask, _ = read_image(anat / f"{scan.masked}_desc-head_mask.nii.gz")
+    mask, _ = read_image(anat / f"{scan.mask_prefix}_desc-head_mask.nii.gz")
     protocol = dict(record["Protocol"], orientations=tuple(record["Protocol"]["orientations"]))
     draws = [{k: v for k, v in one.items() if k != "file"} for one in record["Stacks"]]
     return KnownTruth(

@@ -106,7 +106,7 @@ def test_empty_slices_are_told(stacks: list[Stack]) -> None:
     places = {s.label: {"first": 2} for s in stacks}
     assert plausible.judge_slices(stacks, places) == plausible.Findings()
     (text,) = plausible.judge_slices([stacks[0].with_data(data), *stacks[1:]], places).doubts
-    assert text.startswith(f"slices 6, 8 of {stacks[0].label} hold one value only")
+    assert text.startswith(f"{stacks[0].label}: left out") and "2 slice(s), 6, 8" in text
 
 
 def test_prediction_against_plain_interpolation(stacks: list[Stack]) -> None:
