@@ -151,7 +151,10 @@ class Normalise(Step):
             done.label: prepared_slices(acquired, done)
             for acquired, done in zip(stacks, prepared.stacks, strict=True)
         }
-        empty = plausible.judge_slices(prepared.stacks, places)
+        empty = {
+            stack.label: [places[stack.label]["first"] + k for k in stack.empty_slices]
+            for stack in prepared.stacks
+        }
         step = {
             **meter.read("normalise"),
             "reference": prepared.stacks[prepared.reference].label,
@@ -161,7 +164,8 @@ class Normalise(Step):
             },
             "metrics": prepared.metrics,
             "slices": places,
-            "doubts": [*found.doubts, *empty.doubts],
+            "empty_slices": empty,
+            "doubts": [*found.doubts, *plausible.judge_slices(empty).doubts],
         }
         write_json(target / "step.json", step)
         found.refuse()  # what was prepared stays, for the report of the failure

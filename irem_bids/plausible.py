@@ -80,19 +80,16 @@ def judge_poses(
     return Findings(tuple(failures), tuple(doubts))
 
 
-def judge_slices(stacks: Sequence[Stack], places: Mapping[str, Mapping[str, int]]) -> Findings:
-    """Empty slices between others, which are left out; ``places`` has the ``first`` acquired."""
-    doubts = []
-    for stack in stacks:
-        across = tuple(a for a in range(3) if a != stack.slice_axis)
-        empty = np.flatnonzero(stack.empty.any(across)) + places[stack.label]["first"]
-        if len(empty):
-            which = ", ".join(str(k) for k in empty)
-            doubts.append(
-                f"{stack.label}: left out as dropped, for they hold one value only: "
-                f"{len(empty)} slice(s), {which} (counted from 0)"
-            )
-    return Findings(doubts=tuple(doubts))
+def judge_slices(empty: Mapping[str, Sequence[int]]) -> Findings:
+    """Slices that hold one value only and are left out; ``empty``: per label those acquired."""
+    return Findings(
+        doubts=tuple(
+            f"{label}: {len(slices)} slice(s) with one value only left out, as dropped: "
+            f"{', '.join(map(str, slices))} (counted from 0)"
+            for label, slices in empty.items()
+            if slices
+        )
+    )
 
 
 def judge_volume(

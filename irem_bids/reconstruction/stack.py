@@ -88,26 +88,29 @@ class Stack:
         return np.broadcast_to(np.expand_dims(each, across), self.grid.shape)
 
     @property
-    def empty(self) -> Mask:
-        """(I, J, K) voxels of slices of one value between slices that have several.
+    def empty_slices(self) -> list[int]:
+        """Slices of one value between slices that have several.
 
         They hold nothing: a scanner or a converter dropped them.  At the ends it may be air.
         """
         across = tuple(a for a in range(3) if a != self.slice_axis)
-        several = self.data.max(across) > self.data.min(across)
-        out, known = ~several, np.flatnonzero(several)
-        if len(known):
-            out[: known[0]] = out[known[-1] :] = False
-        return self.by_slice(out)
+        known = np.flatnonzero(self.data.max(across) > self.data.min(across))
+        between = range(known[0], known[-1]) if len(known) else range(0)
+        return sorted(set(between) - set(known.tolist()))
+
+    @property
+    def empty(self) -> Mask:
+        """(I, J, K) voxels of :attr:`empty_slices`."""
+        slices = np.arange(self.grid.shape[self.slice_axis])
+        return self.by_slice(np.isin(slices, self.empty_slices))
 
     def filled(self) -> Stack:
         """The stack with its empty slices between their neighbours: for what interpolates it."""
-        across = tuple(a for a in range(3) if a != self.slice_axis)
-        empty = self.empty.any(across)
-        if not empty.any():
+        if not (empty := self.empty_slices):
             return self
-        data, known = np.moveaxis(self.data.copy(), self.slice_axis, 0), np.flatnonzero(~empty)
-        for k in np.flatnonzero(empty):
+        data = np.moveaxis(self.data.copy(), self.slice_axis, 0)
+        known = np.setdiff1d(np.arange(len(data)), empty)
+        for k in empty:
             low, high = known[known < k][-1], known[known > k][0]
             share = np.float32((k - low) / (high - low))
             data[k] = (1 - share) * data[low] + share * data[high]
