@@ -164,7 +164,6 @@ class Normalise(Step):
             },
             "metrics": prepared.metrics,
             "slices": places,
-            "empty_slices": empty,
             "doubts": [*found.doubts, *plausible.judge_slices(empty).doubts],
         }
         write_json(target / "step.json", step)

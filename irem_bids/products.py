@@ -118,8 +118,7 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     how the held-out voxels judged it, ``SpectrumShare`` how gaps were bridged.
     """
     fit = _read_json(result.methods[method] / "fit.json")
-    step = _read_json(result.prepared / "step.json")
-    places, empty = step.get("slices", {}), step.get("empty_slices", {})
+    places = _read_json(result.prepared / "step.json").get("slices", {})
 
     def whole(label: str, rows: list[Any]) -> list[Any]:
         place = places.get(label, {"first": 0, "acquired": len(rows)})
@@ -136,10 +135,7 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     if "spectrum_share" in info:
         found["SpectrumShare"] = round(info["spectrum_share"], 3)
     if fit.get("slice_weights"):
-        found["SliceWeights"] = {
-            label: [None if k in empty.get(label, ()) else w for k, w in enumerate(whole(label, v))]
-            for label, v in fit["slice_weights"].items()
-        }
+        found["SliceWeights"] = {k: whole(k, v) for k, v in fit["slice_weights"].items()}
     if fit.get("slice_motion"):
         found["SliceMotion"] = {k: whole(k, v) for k, v in fit["slice_motion"].items()}
         found["SliceMotionPivot"] = fit["slice_pivot"]

@@ -254,7 +254,9 @@ def _fit_irem(job: Job) -> Fit:
     info = linear.info | {"steps": training.steps, "parameters": _count(field)}
     info |= {"network": _use_of(training), "doubts": training.doubts}
     found = {"receivers": linear.state.receivers, "history": training.history, "info": info}
-    found |= {"slice_weights": linear.state.slice_weights, "widths": linear.state.widths}
+    rows = zip(job.prepared.stacks, linear.state.slice_weights, strict=True)
+    weights = [np.where(np.isin(np.arange(len(w)), s.empty_slices), 0.0, w) for s, w in rows]
+    found |= {"slice_weights": weights, "widths": linear.state.widths}
     if linear.info.get("motion") == "slice":
         found["slice_poses"] = linear.state.poses
     return _result(job, "irem", field, poses=_stack_poses(job, linear.state), **found)

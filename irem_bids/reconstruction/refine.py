@@ -37,7 +37,7 @@ DISTRUSTED = 0.9  # weight of a slice below which it has no say in where others 
 BELIEVABLE = 8.0  # standard deviations of the walk that a distrusted slice may be off its mean
 LITTLE = 0.1  # of the largest slice's voxels: a slice with less may go astray
 BENDS = 0.3  # standard deviation of a coefficient of the bias
-ALIKE = 100.0  # residuals that count as one where they speak of the bias: they are alike in regions
+ALIKE = 10.0  # residuals that count as one where they speak of the bias: they are alike in regions
 RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
 
 

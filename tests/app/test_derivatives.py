@@ -18,7 +18,7 @@ import pytest
 from irem_bids import dataset, derivatives, paths
 from irem_bids.atomic import publish, write_json, write_text
 from irem_bids.bids import Group
-from irem_bids.products import Result, image_sidecar
+from irem_bids.products import Result
 from irem_bids.reconstruction.geometry import RigidTransform
 from irem_bids.settings import Settings
 from irem_bids.tables import table_text
@@ -203,19 +203,6 @@ def test_masks_of_some_stacks_make_no_brain_mask(result: Result, tmp_path: Path)
     image = json.loads((anat / "sub-01_desc-irem_T1w.json").read_text())
     assert image["Sources"][3:] == ["bids:masks:coronal1.nii.gz"]
     assert image["SkullStripped"] is False
-
-
-def test_weights_are_of_acquired_slices_and_null_where_nothing_was_seen(
-    result: Result, tmp_path: Path
-) -> None:
-    path, step = result.methods["irem"] / "fit.json", result.prepared / "step.json"
-    weights = {"axial1": [1.0, 1.0, 0.2, 1.0]}
-    write_json(path, {**json.loads(path.read_text()), "slice_weights": weights})
-    places = {"axial1": {"first": 1, "count": 4, "acquired": 6}}
-    more = {"slices": places, "empty_slices": {"axial1": [2]}}
-    write_json(step, {**json.loads(step.read_text()), **more})
-    sidecar = image_sidecar(result, "irem")
-    assert sidecar["SliceWeights"] == {"axial1": [None, 1.0, None, 0.2, 1.0, None]}
 
 
 def test_rounding_makes_no_transform(result: Result, tmp_path: Path) -> None:

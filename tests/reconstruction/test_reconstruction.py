@@ -469,6 +469,9 @@ def test_empty_slices_are_left_out(
     usual = fits["srr"].image()
     assert image.min() > usual.min() - 0.5  # -12 before
     assert image.max() < 2 * usual.max()  # 15 before; nobody sees where empty slices cross
+    weights = fit("irem", made, grid, SETTINGS.updated({"irem": {"steps": 0}})).slice_weights
+    for stack in made.stacks:
+        assert set(np.flatnonzero(weights[stack.label] < 0.5)) == set(stack.empty_slices)
     for pose, one in zip(made.poses, stacks, strict=True):
         reference = stacks[made.reference].pose
         away = (reference @ pose @ one.pose.inverse()).to_vector(grid.centre)
@@ -505,33 +508,31 @@ def test_slices_that_were_rejected_do_not_count_in_the_prediction(
 
 
 def test_little_overlap_shades_nothing() -> None:
-    """Two slabs that share three slices, no bias in either: nothing to extrapolate."""
+    """A stack beside a fifth of another, noisy, no bias in either: nothing to extrapolate."""
     volume, grid = head((54, 60, 50), 3.0)
-    protocol = Protocol(orientations=("axial", "axial"), thickness=9.0, snr=25, seed=3, margin=9.0)
-    slabs = []
-    for one, (low, high) in zip(
-        simulate(volume, grid, protocol), ((0, 0.6), (0.45, 1)), strict=True
-    ):
-        stack, count = one.stack, one.stack.data.shape[2]
-        part = slice(int(low * count), int(np.ceil(high * count)))
-        affine = np.array(stack.grid.affine)
-        affine[:3, 3] = stack.grid.to_world(np.array([0, 0, part.start]))
-        data = stack.data[:, :, part]
-        slabs.append(
-            replace(stack, data=data, mask=stack.mask[:, :, part], grid=Grid(data.shape, affine))
-        )
-    settings = SETTINGS.updated({"irem": {"steps": 0}})
-    made = prepare(slabs, settings)
+    protocol = Protocol(
+        orientations=("axial", "sagittal"), thickness=9.0, snr=8, seed=3, margin=9.0
+    )
+    whole, other = (one.stack for one in simulate(volume, grid, protocol))
+    count = other.data.shape[2]
+    part = slice(int(0.2 * count), int(np.ceil(0.4 * count)))
+    affine = np.array(other.grid.affine)
+    affine[:3, 3] = other.grid.to_world(np.array([0, 0, part.start]))
+    data, mask = other.data[:, :, part], other.mask[:, :, part]
+    slab = replace(other, data=data, mask=mask, grid=Grid(data.shape, affine))
+    settings = SETTINGS.updated({"irem": {"steps": 0, "motion": "stack"}})
+    settings = settings.updated({"acquisition": {"profile_width": "stated"}})
+    made = prepare([whole, slab], settings)
     found = fit("irem", made, output_grid(made, settings.output), settings)
-    assert max(np.abs(r.bias).max() for r in found.receivers.values()) < 0.25  # 0.5 before
+    assert max(np.abs(r.bias).max() for r in found.receivers.values()) < 0.2  # 0.44 before
     true = truth_on(found.grid, (volume, grid), RigidTransform())
     inside = true > 150
     ratio = (found.image() / np.maximum(true, 1))[inside]
-    height = found.grid.to_world(np.argwhere(inside))[:, 2]
-    cuts = np.quantile(height, [0, 0.2, 0.4, 0.6, 0.8])
-    part = np.searchsorted(cuts, height, side="right") - 1
-    shading = np.array([np.median(ratio[part == k]) for k in range(5)]) / np.median(ratio)
-    assert np.abs(shading - 1).max() < 0.03  # 0.06 before
+    right = found.grid.to_world(np.argwhere(inside))[:, 0]
+    cuts = np.quantile(right, [0, 0.2, 0.4, 0.6, 0.8])
+    fifth = np.searchsorted(cuts, right, side="right") - 1
+    shading = np.array([np.median(ratio[fifth == k]) for k in range(5)]) / np.median(ratio)
+    assert np.abs(shading - 1).max() < 0.04  # 0.14 before
 
 
 def test_images_without_a_head_are_refused() -> None:
