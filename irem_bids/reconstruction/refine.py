@@ -7,8 +7,7 @@ Each round linearises what is free about the present volume,
 
 solves for the image with theta eliminated (variable projection, Golub and Pereyra 1973: the
 residuals count by M = W - W D H^-1 D^T W with H = D^T W D + L), then takes the step theta that
-the remaining residual asks for.  L is the prior of the slices' path (:mod:`.trajectory`) and of the
-bias: a polynomial that little of the head holds would run away and shade all of it.
+the remaining residual asks for.  L is the prior of the slices' path (:mod:`.trajectory`).
 
 Gauge: the reference stack's pose, gain and bias stay fixed while the others move (its step of the
 gain is taken by the image), and the mean motion of its slices is 0; in the end the shading is
@@ -36,8 +35,6 @@ WIDTHS = (0.25, 1.7)  # bounds of the width of the profile over the assumed one
 DISTRUSTED = 0.9  # weight of a slice below which it has no say in where others were
 BELIEVABLE = 8.0  # standard deviations of the walk that a distrusted slice may be off its mean
 LITTLE = 0.1  # of the largest slice's voxels: a slice with less may go astray
-BENDS = 0.3  # standard deviation of a coefficient of the bias
-ALIKE = 10.0  # residuals that count as one where they speak of the bias: they are alike in regions
 RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
 
 
@@ -66,7 +63,6 @@ class _Linearised:
         columns: list[Tensor] = []
         self.names: list[tuple[str, int]] = []
         moving = free.width or s != system.reference or self.path is not None
-        self.bias, self.stiffness = receiver.bias, 0.0
         found: Tensor | None = None
         if moving:
             found = model.derivatives(volume) * factor[:, None]
@@ -77,8 +73,6 @@ class _Linearised:
             self._add("pose", found[:, :6], columns)
         if free.receiver and s != system.reference:
             predicted = (factor * model.forward(volume))[:, None]
-            residual = model.values - predicted[:, 0]
-            self.stiffness = float((weight * residual**2).mean()) * ALIKE / BENDS**2
             terms = Receiver.terms(model.voxels).to(model.device)
             self._add("gain", predicted, columns)
             self._add("bias", predicted * terms, columns)
@@ -120,13 +114,6 @@ class _Linearised:
             prior = self.path.precision()
             full[:slices, :slices] += prior
             self.pull[:slices] = prior @ self.path.motion.ravel()
-        first = slices
-        for name, count in self.names:
-            if name == "bias":
-                own = np.arange(first, first + count)
-                full[own, own] += self.stiffness
-                self.pull[own] = self.stiffness * self.bias
-            first += count
         size = np.sqrt(np.maximum(np.diag(full), 1e-12))
         scaled = full / size[:, None] / size[None, :] + RIDGE * np.eye(len(full))
         self.inverse = np.linalg.inv(scaled) / size[:, None] / size[None, :]
@@ -166,7 +153,10 @@ class _Linearised:
             theta = self.inverse @ self.project(weighted)
             return weighted - self.weight * self.expand(theta)
 
-        return Metric(apply, self.weight * self.expand(self.inverse @ self.pull))
+        offset = None
+        if self.local is not None:
+            offset = self.weight * self.expand(self.inverse @ self.pull)
+        return Metric(apply, offset)
 
     def step(self, residual: Tensor) -> NDArray[np.float64]:
         """theta for a residual; the order of acquisition is chosen for the next round."""
