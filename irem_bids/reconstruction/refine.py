@@ -7,7 +7,8 @@ Each round linearises what is free about the present volume,
 
 solves for the image with theta eliminated (variable projection, Golub and Pereyra 1973: the
 residuals count by M = W - W D H^-1 D^T W with H = D^T W D + L), then takes the step theta that
-the remaining residual asks for.  L is the prior of the slices' path (:mod:`.trajectory`).
+the remaining residual asks for.  L is the prior of the slices' path (:mod:`.trajectory`) and of the
+bias: a polynomial that little of the head holds would run away and shade all of it.
 
 Gauge: the reference stack's pose, gain and bias stay fixed while the others move (its step of the
 gain is taken by the image), and the mean motion of its slices is 0; in the end the shading is
@@ -34,7 +35,10 @@ LARGEST = 5.0  # mm: a linearisation holds for about a voxel, so a step goes no 
 WIDTHS = (0.25, 1.7)  # bounds of the width of the profile over the assumed one
 DISTRUSTED = 0.9  # weight of a slice below which it has no say in where others were
 BELIEVABLE = 8.0  # standard deviations of the walk that a distrusted slice may be off its mean
+DIMMED = 0.6  # of a slice's brightness: it was dropped if less is left
 LITTLE = 0.1  # of the largest slice's voxels: a slice with less may go astray
+BENDS = 0.3  # standard deviation of a coefficient of the bias
+ALIKE = 100.0  # residuals that count as one where they speak of the bias: they are alike in regions
 RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
 
 
@@ -63,6 +67,7 @@ class _Linearised:
         columns: list[Tensor] = []
         self.names: list[tuple[str, int]] = []
         moving = free.width or s != system.reference or self.path is not None
+        self.bias, self.stiffness = receiver.bias, 0.0
         found: Tensor | None = None
         if moving:
             found = model.derivatives(volume) * factor[:, None]
@@ -73,6 +78,8 @@ class _Linearised:
             self._add("pose", found[:, :6], columns)
         if free.receiver and s != system.reference:
             predicted = (factor * model.forward(volume))[:, None]
+            residual = model.values - predicted[:, 0]
+            self.stiffness = float((weight * residual**2).mean()) * ALIKE / BENDS**2
             terms = Receiver.terms(model.voxels).to(model.device)
             self._add("gain", predicted, columns)
             self._add("bias", predicted * terms, columns)
@@ -114,6 +121,13 @@ class _Linearised:
             prior = self.path.precision()
             full[:slices, :slices] += prior
             self.pull[:slices] = prior @ self.path.motion.ravel()
+        first = slices
+        for name, count in self.names:
+            if name == "bias":
+                own = np.arange(first, first + count)
+                full[own, own] += self.stiffness
+                self.pull[own] = self.stiffness * self.bias
+            first += count
         size = np.sqrt(np.maximum(np.diag(full), 1e-12))
         scaled = full / size[:, None] / size[None, :] + RIDGE * np.eye(len(full))
         self.inverse = np.linalg.inv(scaled) / size[:, None] / size[None, :]
@@ -153,10 +167,7 @@ class _Linearised:
             theta = self.inverse @ self.project(weighted)
             return weighted - self.weight * self.expand(theta)
 
-        offset = None
-        if self.local is not None:
-            offset = self.weight * self.expand(self.inverse @ self.pull)
-        return Metric(apply, offset)
+        return Metric(apply, self.weight * self.expand(self.inverse @ self.pull))
 
     def step(self, residual: Tensor) -> NDArray[np.float64]:
         """theta for a residual; the order of acquisition is chosen for the next round."""
@@ -203,11 +214,27 @@ class _Linearised:
         if self.local is None:
             return np.zeros(6)
         part = slice(int(self.model.starts[k]), int(self.model.starts[k + 1]))
-        columns, whole = self.local[part], self.whole[part]
+        whole, acquired = self.whole[part], self.model.values[part]
+        predicted = acquired - residual[part]
+        left = brightness_left(whole, acquired, predicted)
+        columns = left * self.local[part]
         own = (columns.T @ (whole[:, None] * columns)).double().cpu().numpy()
-        asked = (columns.T @ (whole * residual[part])).double().cpu().numpy()
+        asked = (columns.T @ (whole * (acquired - left * predicted))).double().cpu().numpy()
         step = np.linalg.solve(own + prior, asked - pull)
         return np.asarray(step)
+
+
+def brightness_left(weight: Tensor, acquired: Tensor, predicted: Tensor) -> float:
+    """What is left of a slice's brightness: the factor at which the prediction of its rows fits
+    best what was acquired, where that is below ``DIMMED``, else 1.
+
+    With it free, a slice that was dropped is brought to the image by its structure; without, it
+    goes to where the head is as dark.
+    """
+    weighted = (weight * predicted).double()
+    seen = float((weighted * predicted).sum())
+    factor = max(float((weighted * acquired).sum()) / seen, 0.0) if seen > 0 else 1.0
+    return factor if factor < DIMMED else 1.0
 
 
 def shows_little(model: StackModel) -> NDArray[np.bool_]:

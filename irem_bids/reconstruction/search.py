@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .linear import Prior, System, slice_sums, solve
-from .refine import BELIEVABLE, DISTRUSTED, LARGEST, bounded, shows_little, sizes
+from .refine import (
+    BELIEVABLE,
+    DIMMED,
+    DISTRUSTED,
+    LARGEST,
+    bounded,
+    brightness_left,
+    shows_little,
+    sizes,
+)
 from .sharpening import sharpened
 from .trajectory import MISFIT, Path
 
@@ -26,17 +35,25 @@ FEW = 4000  # rows of the largest slice that these rounds look at, or up to twic
 Array = NDArray[np.float64]
 
 
-def seek(system: System, volume: Tensor, paths: Sequence[Path], rounds: int) -> None:
+def seek(
+    system: System, volume: Tensor, paths: Sequence[Path], rounds: int
+) -> list[tuple[Array, Array]]:
     """Bring distrusted slices to the volume (X, Y, Z) as it is, each by itself; changes poses
     and paths, no weights.
 
     A slice ends at the least cost (its squared residuals and the walk's prior) that Gauss-Newton
     rounds find, by some of its voxels from where it is, from where the walk has it, and from six
     shifts and six rotations about that; then, from the best of these, by all of them.
+
+    Returns per stack (K,) the least costs, infinite of those that were not sought, and what is
+    left of their brightness (:func:`.refine.brightness_left`).
     """
+    found = []
     for s, (model, path) in enumerate(zip(system.models, paths, strict=True)):
         lost = system.slice_weights[s] < DISTRUSTED
         lost &= np.diff(model.starts) > 0
+        costs, left = np.full(len(lost), np.inf), np.ones(len(lost))
+        found.append((costs, left))
         if not lost.any():
             continue
         every = max(1, int(np.diff(model.starts).max()) // FEW)
@@ -47,10 +64,11 @@ def seek(system: System, volume: Tensor, paths: Sequence[Path], rounds: int) -> 
         search = Search(system, s, volume, path, lost)
         search.descend(search.best, 0)
         search.descend(roughly.best, rounds)
-        path.motion[lost] = search.best
+        path.motion[lost], costs[lost], left[lost] = search.best, search.least, search.left
         moved = np.where(lost[:, None, None], path.poses(path.motion, search.pivot), model.poses)
         model.set_poses(moved)
         path.follow(moved, model.pivot)
+    return found
 
 
 def _starts() -> Array:
@@ -66,8 +84,9 @@ class Search:
     ----------
     mean, variance
         (L, 6) of the motion that the walk of the other slices expects.
-    best
-        (L, 6) motion of least cost so far, about ``pivot``.
+    best, least, left
+        (L, 6) motion of least cost so far, about ``pivot``; (L,) that cost, and what is left of the
+        slice's brightness there (:func:`.refine.brightness_left`).
     """
 
     def __init__(
@@ -98,6 +117,7 @@ class Search:
         self.weight = every * system.confidence[s] * self.model.counts
         self.best = path.motions(whole.poses, self.pivot)[lost]
         self.least = np.full(len(self.best), np.inf)
+        self.left, self._left = np.ones((2, len(self.best)))
 
     def descend(self, motion: Array, rounds: int) -> None:
         """Gauss-Newton from ``motion`` (L, 6); :attr:`best` is the best place passed."""
@@ -107,6 +127,7 @@ class Search:
             cost = self._cost(residual, motion)
             better = cost < self.least
             self.best = np.where(better[:, None], motion, self.best)
+            self.left = np.where(better, self._left, self.left)
             self.least = np.where(better, cost, self.least)
             if turn < rounds:
                 motion = self._believable(motion + self._steps(residual, motion))
@@ -117,7 +138,12 @@ class Search:
         self.model.set_poses(self.path.poses(every, self.pivot))
         self.model.pivot = self.pivot  # of the whole stack
         self.model.sharpness = np.zeros(3, np.float32)
-        return self.model.values - self.factor * self.model.forward(self.volume)
+        predicted = self.factor * self.model.forward(self.volume)
+        for n, part in enumerate(self.rows):
+            acquired = self.model.values[part]
+            self._left[n] = brightness_left(self.weight[part], acquired, predicted[part])
+            predicted[part] *= float(self._left[n])
+        return self.model.values - predicted
 
     @property
     def _prior(self) -> Array:
@@ -134,7 +160,7 @@ class Search:
         weighted = self.weight * residual
         out = np.empty_like(motion)
         for n, (part, prior) in enumerate(zip(self.rows, self._prior, strict=True)):
-            here = columns[part]
+            here = float(self._left[n]) * columns[part]
             own = (here.T @ (self.weight[part, None] * here)).double().cpu().numpy()
             asked = (here.T @ weighted[part]).double().cpu().numpy()
             pull = prior * (motion[n] - self.mean[n])
@@ -162,7 +188,8 @@ def reattach(
     """Seek slices that broke off the walk anew, from where it has them; whether any moved.
 
     Together they hold up an image that they fit, and with it each other's weights; so both
-    places are judged by an image of which they are no part.  Changes ``system`` in place.
+    places are judged by an image of which they are no part.  A slice that was dropped may have
+    gone to where the head is dark; put back, it counts nothing.  Changes ``system`` in place.
     """
     suspects = [path.broken_off() for path in paths]
     if not any(bool(each.any()) for each in suspects):
@@ -172,27 +199,35 @@ def reattach(
         np.where(each, 0.0, w) for each, w in zip(suspects, weights, strict=True)
     ]
     image = solve(system, volume, prior, iterations=iterations, reweightings=1)
-    before = _misfits(system, image)
+    before = _costs(system, image, paths, suspects)
     for model, path, suspect in zip(system.models, paths, suspects, strict=True):
         little = shows_little(model)
         if suspect.any() and not (suspect | little).all():
             model.set_poses(path.bridged(suspect, model.pivot, little))
-    seek(system, image, paths, rounds)
     moved = False
-    for s, (model, path, after) in enumerate(
-        zip(system.models, paths, _misfits(system, image), strict=True)
-    ):
+    rows = zip(system.models, paths, seek(system, image, paths, rounds), strict=True)
+    for s, (model, path, (after, left)) in enumerate(rows):
         better = suspects[s] & (after < before[s])
         moved |= bool(better.any())
         model.set_poses(np.where(better[:, None, None], model.poses, poses[s]))
         path.follow(model.poses, model.pivot)
-        system.slice_weights[s] = np.where(better, 1.0, weights[s])
+        counts = np.where(left < DIMMED, 0.0, 1.0)
+        system.slice_weights[s] = np.where(better, counts, weights[s])
     return moved
 
 
-def _misfits(system: System, volume: Tensor) -> list[Array]:
-    """Per stack (K,): each slice's sum of squared residuals."""
-    return [
-        slice_sums(model, model.counts * residual**2).numpy()
-        for model, residual in zip(system.models, system.residuals(volume), strict=True)
-    ]
+def _costs(
+    system: System, volume: Tensor, paths: Sequence[Path], suspects: Sequence[NDArray[np.bool_]]
+) -> list[Array]:
+    """Per stack (K,): what the suspects' present places cost, as :class:`Search` has it, but that
+    none is too far from the walk: a head may have moved at once."""
+    costs = []
+    rows = zip(system.models, system.residuals(volume), paths, suspects, strict=True)
+    for s, (model, residual, path, suspect) in enumerate(rows):
+        squares = system.confidence[s] * slice_sums(model, model.counts * residual**2).numpy()
+        unknown = suspect | shows_little(model)
+        mean, variance = path.expected(unknown)
+        away = np.zeros(model.slices)
+        away[unknown] = ((path.motion[unknown] - mean) ** 2 / variance).sum(axis=1)
+        costs.append((squares + path.noise * MISFIT * np.minimum(away, BELIEVABLE**2)) / 2)
+    return costs

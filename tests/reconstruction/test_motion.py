@@ -173,6 +173,47 @@ def test_a_slice_that_descent_leaves_astray_is_found_from_other_starts(
     assert off(path.motion[lost]) < 0.3
 
 
+def dropped(prepared: Prepared, moving: Fit, s: int) -> tuple[System, list[Path], int, np.ndarray]:
+    """The acquisition that was found, the s-th stack's slice of about half the voxels of its
+    largest with a fifth of its brightness, which slice that is, and its pose (4, 4)."""
+    system, paths = found_system(prepared, moving)
+    model = system.models[s]
+    rows = np.diff(model.starts)
+    size = np.where(system.slice_weights[s] < 0.9, 0, rows)
+    k = int(np.argmin(np.abs(size - rows.max() / 2)))
+    model.values[int(model.starts[k]) : int(model.starts[k + 1])] *= 0.2
+    return system, paths, k, model.poses[k].copy()
+
+
+@pytest.mark.parametrize("s", [0, 1, 2])
+def test_a_dropped_slice_is_found_by_its_structure(prepared: Prepared, moving: Fit, s: int) -> None:
+    """As by what is left of its brightness; it went 2 to 4 mm to where the head is as dark."""
+    system, paths, k, right = dropped(prepared, moving, s)
+    system.slice_weights[s][k] = 0.0
+    left = seek(system, torch.from_numpy(moving.image()), paths, 8)[s][1]
+    turn, shift = distance(system.models[s].poses[k], right, system.models[s].pivot)
+    assert shift < 0.3 and turn < 1.0
+    assert left[k] == pytest.approx(0.2, abs=0.02)
+    assert (left[system.slice_weights[s] >= 0.9] == 1).all()  # those that were not sought
+
+
+def test_a_dropped_slice_that_went_to_the_dark_is_put_back(prepared: Prepared, moving: Fit) -> None:
+    """And counts nothing, though it fits there."""
+    system, paths, k, right = dropped(prepared, moving, 1)
+    model, path = system.models[1], paths[1]
+    outwards = float(np.sign(k - model.slices / 2)) * (model.poses[k][:3, :3] @ model.normal)
+    poses = model.poses.copy()
+    poses[k] = RigidTransform.from_vector(np.r_[0, 0, 0, 4 * outwards], model.pivot).matrix @ right
+    model.set_poses(poses)
+    path.follow(poses, model.pivot)
+    assert system.slice_weights[1][k] > 0.9
+    assert path.broken_off()[k]
+    volume = torch.from_numpy(moving.image())
+    assert reattach(system, volume, Prior(1e-3, 0.01), paths, rounds=8, iterations=5)
+    assert system.slice_weights[1][k] == 0.0
+    assert distance(model.poses[k], right, model.pivot)[1] < 0.5
+
+
 def test_part_of_a_model_predicts_its_slices(prepared: Prepared, moving: Fit) -> None:
     system, _ = found_system(prepared, moving)
     volume = torch.from_numpy(moving.image())

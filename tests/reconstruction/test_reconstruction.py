@@ -507,6 +507,34 @@ def test_slices_that_were_rejected_do_not_count_in_the_prediction(
     assert known["held_out_ncc"] > 0.98 > every["held_out_ncc"]
 
 
+def test_little_overlap_shades_nothing() -> None:
+    """A stack beside a fifth of another, noisy, no bias in either: nothing to extrapolate."""
+    volume, grid = head((54, 60, 50), 3.0)
+    protocol = Protocol(
+        orientations=("axial", "sagittal"), thickness=9.0, snr=8, seed=3, margin=9.0
+    )
+    whole, other = (one.stack for one in simulate(volume, grid, protocol))
+    count = other.data.shape[2]
+    part = slice(int(0.2 * count), int(np.ceil(0.4 * count)))
+    affine = np.array(other.grid.affine)
+    affine[:3, 3] = other.grid.to_world(np.array([0, 0, part.start]))
+    data, mask = other.data[:, :, part], other.mask[:, :, part]
+    slab = replace(other, data=data, mask=mask, grid=Grid(data.shape, affine))
+    settings = SETTINGS.updated({"irem": {"steps": 0, "motion": "stack"}})
+    settings = settings.updated({"acquisition": {"profile_width": "stated"}})
+    made = prepare([whole, slab], settings)
+    found = fit("irem", made, output_grid(made, settings.output), settings)
+    assert max(np.abs(r.bias).max() for r in found.receivers.values()) < 0.2  # 0.44 before
+    true = truth_on(found.grid, (volume, grid), RigidTransform())
+    inside = true > 150
+    ratio = (found.image() / np.maximum(true, 1))[inside]
+    right = found.grid.to_world(np.argwhere(inside))[:, 0]
+    cuts = np.quantile(right, [0, 0.2, 0.4, 0.6, 0.8])
+    fifth = np.searchsorted(cuts, right, side="right") - 1
+    shading = np.array([np.median(ratio[fifth == k]) for k in range(5)]) / np.median(ratio)
+    assert np.abs(shading - 1).max() < 0.04  # 0.14 before
+
+
 def test_images_without_a_head_are_refused() -> None:
     grid, mask = Grid((8, 8, 8), np.eye(4)), np.ones((8, 8, 8), bool)
     flat = Stack("flat", np.full((8, 8, 8), 3.0, np.float32), grid, 2, 1.0, mask)
