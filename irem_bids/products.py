@@ -112,8 +112,9 @@ def _settings(settings: Settings, method: str) -> dict[str, Any]:
 def acquisition_of(result: Result, method: str) -> dict[str, Any]:
     """What a method found out about the acquisition, by stack and acquired slice.
 
-    ``SliceWeights`` are null for slices without foreground; ``SliceMotion`` holds rotation
-    vectors (rad, RAS+ axes) about ``SliceMotionPivot``, then translations (mm), beyond the
+    ``SliceWeights`` and, where slices moved, ``SliceGains`` (brightness beyond that of the stack)
+    are null for slices without foreground; ``SliceMotion`` holds rotation vectors (rad, RAS+ axes)
+    about ``SliceMotionPivot``, then translations (mm), beyond the
     stack's pose; ``EstimatedSliceThickness`` is the width of the profile, mm; ``Network`` says
     how the held-out voxels judged it, ``SpectrumShare`` how gaps were bridged.
     """
@@ -136,6 +137,11 @@ def acquisition_of(result: Result, method: str) -> dict[str, Any]:
         found["SpectrumShare"] = round(info["spectrum_share"], 3)
     if fit.get("slice_weights"):
         found["SliceWeights"] = {k: whole(k, v) for k, v in fit["slice_weights"].items()}
+    if fit.get("slice_gains"):
+        found["SliceGains"] = {
+            label: whole(label, [round(gain, 4) for gain in gains])
+            for label, gains in fit["slice_gains"].items()
+        }
     if fit.get("slice_motion"):
         found["SliceMotion"] = {k: whole(k, v) for k, v in fit["slice_motion"].items()}
         found["SliceMotionPivot"] = fit["slice_pivot"]

@@ -173,10 +173,11 @@ def _shared_nodes(
 
 @dataclass(frozen=True)
 class Receiver:
-    """What a scan multiplies the head's intensity by: a gain and a smooth bias.
+    """What a scan multiplies the head's intensity by: a gain, a smooth bias, a gain a slice.
 
     The bias is exp of a quadratic without constant in reference space, about the middle of the
-    result in units of 100 mm; ``bias`` are its nine coefficients.
+    result in units of 100 mm; ``bias`` are its nine coefficients.  ``slices`` (K,), where slices
+    differ beyond both.
 
     >>> float(Receiver(2.0).factors(np.zeros((1, 3), np.float32))[0])
     2.0
@@ -184,6 +185,7 @@ class Receiver:
 
     gain: float = 1.0
     bias: NDArray[np.float64] = field(default_factory=lambda: np.zeros(9))
+    slices: NDArray[np.float64] | None = None
 
     @staticmethod
     def terms(voxels: NDArray[np.float32]) -> Tensor:
@@ -197,6 +199,13 @@ class Receiver:
             return torch.full((len(voxels),), self.gain)
         threads = torch.get_num_threads()
         return torch.from_numpy(operator_cpu.factors(voxels, self.gain, self.bias, threads))
+
+    def rows(self, model: StackModel) -> Tensor:
+        """(N,) of the model's rows, on its device."""
+        found = self.factors(model.voxels).to(model.device)
+        if self.slices is None:
+            return found
+        return found * torch.from_numpy(self.slices[model.slice_of_row]).float().to(model.device)
 
     def image(self, grid: Grid, pose: RigidTransform, origin: NDArray) -> NDArray[np.float32]:
         """Gain times bias at every voxel of ``grid``, moved by ``pose``; one slab at a time."""

@@ -63,11 +63,8 @@ class System:
         return self.models[0].grid
 
     def factors(self) -> list[Tensor]:
-        """Per stack (N,): gain times bias."""
-        return [
-            r.factors(m.voxels).to(m.device)
-            for m, r in zip(self.models, self.receivers, strict=True)
-        ]
+        """Per stack (N,): gain times bias, and the slice's gain."""
+        return [r.rows(m) for m, r in zip(self.models, self.receivers, strict=True)]
 
     def weights(self) -> list[Tensor]:
         """Per stack (N,): confidence, weight of the slice, acquired voxels behind the row."""

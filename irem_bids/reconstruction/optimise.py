@@ -75,6 +75,11 @@ class Fit:
             "poses": {label: pose.matrix.tolist() for label, pose in self.poses.items()},
             "gains": self.gains,
             "bias": {label: receiver.bias.tolist() for label, receiver in self.receivers.items()},
+            "slice_gains": {
+                label: receiver.slices.tolist()
+                for label, receiver in self.receivers.items()
+                if receiver.slices is not None
+            },
             "history": self.history,
             "info": self.info,
             "slice_poses": {label: poses.tolist() for label, poses in self.slice_poses.items()},
@@ -111,6 +116,8 @@ class Fit:
         """
         pose = self.poses[stack.label]
         receiver = self.receivers[stack.label].image(stack.grid, pose, self.grid.centre)
+        slices = self.receivers[stack.label].slices
+        receiver = receiver if slices is None else receiver * stack.by_slice(slices)
         if self.method == "irem2021":
             out = np.zeros(stack.grid.shape, dtype=np.float32)
             points = pose.apply(stack.grid.to_world(np.argwhere(stack.mask)))
@@ -139,13 +146,17 @@ class Fit:
         folder = Path(folder)
         model = load_model(folder / "model.safetensors")
         record = json.loads((folder / "fit.json").read_text())
+        each = {label: np.array(gains) for label, gains in record.get("slice_gains", {}).items()}
         return cls(
             record["method"],
             model.field,
             model.grid,
             model.scale,
             {label: RigidTransform(m) for label, m in record["poses"].items()},
-            {k: Receiver(g, np.array(record["bias"][k])) for k, g in record["gains"].items()},
+            {
+                label: Receiver(gain, np.array(record["bias"][label]), each.get(label))
+                for label, gain in record["gains"].items()
+            },
             record["history"],
             record["info"],
             {label: np.array(poses) for label, poses in record["slice_poses"].items()},

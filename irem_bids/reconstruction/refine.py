@@ -63,7 +63,7 @@ class _Linearised:
         self.trust = system.slice_weights[s]
         self.whole = (system.confidence[s] * model.counts).to(model.device)
         self.path = free.paths[s] if free.paths else None
-        factor = receiver.factors(model.voxels).to(model.device)
+        factor = receiver.rows(model)
         columns: list[Tensor] = []
         self.names: list[tuple[str, int]] = []
         moving = free.width or s != system.reference or self.path is not None

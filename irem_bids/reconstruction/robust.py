@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of slices from their residuals: a dropped or torn slice counts little.
+"""Weights and gains of slices from their residuals.
 
-Nothing is rejected in silence: the weights are part of the result.
+A dropped or torn slice counts little.  Nothing is rejected in silence: the weights are part of
+the result.  A slice of a moving head may be brighter or darker than its neighbours (its spins
+were excited before, or had more time to recover); that is no part of the image.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ TURN = 4.25  # spreads above its neighbours at which a slice counts half
 STEEP = 8.0  # of the fall from 1 to 0 about it
 FEWEST = 30  # voxels that a slice's weight can be told from
 WINDOW = 9  # slices that a slice is compared with
+ALIKE = 20.0  # residuals that count as one where they speak of a slice's gain
+UNEVEN = 0.1  # largest spread of the slices' gains that is believed, in the logarithm
 
 
 def slice_weights(model: StackModel, residual: Tensor) -> NDArray[np.float64]:
@@ -41,3 +45,41 @@ def slice_weights(model: StackModel, residual: Tensor) -> NDArray[np.float64]:
     ratio = np.maximum(excess / spread / TURN, 0.0)
     weights[known] = 1.0 / (1.0 + ratio**STEEP)
     return weights
+
+
+def slice_gains(
+    model: StackModel,
+    residual: Tensor,
+    noise: float,
+    sound: NDArray[np.bool_],
+    present: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
+    """(K,) gains of slices beyond what is smooth along the stack.
+
+    A quadratic of the slice's number is left to the stack's gain and bias.  What remains of a
+    sound slice's factor (that of its prediction that fits it best) is drawn to 1 by how far the
+    sound slices of the stack scatter, beyond what the ``noise`` (variance of a residual) explains.
+
+    Parameters
+    ----------
+    residual
+        (N,) acquired minus predicted, with the ``present`` gains (K,), 1 where there are none.
+    """
+    present = np.ones(model.slices) if present is None else present
+    predicted = model.values - residual
+    weighted = model.counts * predicted
+    products = torch.stack([weighted * model.values, weighted * predicted], dim=1)
+    asked, size = slice_sums(model, products).numpy().T
+    use = sound & (np.diff(model.starts) >= FEWEST) & (size > 0) & (asked > 0)
+    if use.sum() < 5:
+        return np.ones(model.slices)
+    variance = noise * ALIKE / size[use]
+    level = np.log(present[use] * asked[use] / size[use])
+    where = np.flatnonzero(use) / model.slices - 0.5
+    smooth = np.polynomial.Polynomial.fit(where, level, 2, w=(variance + UNEVEN**2) ** -0.5)
+    level -= smooth(where)
+    spread = (1.4826 * np.median(np.abs(level))) ** 2 - np.median(variance)
+    spread = float(np.clip(spread, 0.0, UNEVEN**2))
+    gains = np.ones(model.slices)
+    gains[use] = np.exp(level * spread / (spread + variance))
+    return gains

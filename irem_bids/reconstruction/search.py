@@ -112,7 +112,7 @@ class Search:
             slice(int(self.model.starts[k]), int(self.model.starts[k + 1]))
             for k in np.flatnonzero(lost)
         ]
-        self.factor = receiver.factors(self.model.voxels).to(self.model.device)
+        self.factor = receiver.rows(self.model)
         # a row stands for those up to the next, so that the walk's prior keeps its share
         self.weight = every * system.confidence[s] * self.model.counts
         self.best = path.motions(whole.poses, self.pivot)[lost]

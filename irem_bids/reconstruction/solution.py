@@ -26,7 +26,7 @@ from .geometry import Grid, RigidTransform
 from .linear import FIRM, Prior, System, restored, slice_sums, solve
 from .prepare import Prepared
 from .refine import Freedom, refine, share_shading, shows_little
-from .robust import slice_weights
+from .robust import slice_gains, slice_weights
 from .search import reattach, seek
 from .stack import Stack
 
@@ -136,6 +136,9 @@ class State:
             "poses": [p.tolist() for p in self.poses],
             "gains": [r.gain for r in self.receivers],
             "bias": [r.bias.tolist() for r in self.receivers],
+            "slice_gains": [
+                r.slices if r.slices is None else r.slices.tolist() for r in self.receivers
+            ],
             "slice_weights": [w.tolist() for w in self.slice_weights],
             "widths": list(self.widths),
         }
@@ -143,10 +146,11 @@ class State:
     @classmethod
     def restored(cls, record: dict[str, Any]) -> State:
         """From :meth:`record`."""
-        pairs = zip(record["gains"], record["bias"], strict=True)
+        each = record.get("slice_gains") or [None] * len(record["gains"])
+        rows = zip(record["gains"], record["bias"], each, strict=True)
         return cls(
             [np.array(p) for p in record["poses"]],
-            [Receiver(gain, np.array(bias)) for gain, bias in pairs],
+            [Receiver(g, np.array(b), None if k is None else np.array(k)) for g, b, k in rows],
             [np.array(w) for w in record["slice_weights"]],
             [float(w) for w in record["widths"]],
         )
@@ -256,7 +260,7 @@ class Prediction:
             model = StackModel(stack, use, grid, job.settings.acquisition, job.device)
             model.set_poses(poses, width)
             self.models.append(model)
-            self.factors.append(receiver.factors(model.voxels).to(job.device))
+            self.factors.append(receiver.rows(model))
 
     def residuals(self, volume: Tensor) -> list[Tensor]:
         """Per stack: acquired minus predicted, in the models' order of rows."""
@@ -539,7 +543,12 @@ class _Solver:
                     system.slice_weights[s] = slice_weights(model, residual)
                 if free.paths:
                     weights = system.slice_weights[s]
-                    free.paths[s].adapt(_noise(model, residual, weights))
+                    noise = _noise(model, residual, weights)
+                    free.paths[s].adapt(noise)
+                    if free.receiver:
+                        receiver = system.receivers[s]
+                        gains = slice_gains(model, residual, noise, weights >= BAD, receiver.slices)
+                        system.receivers[s] = replace(receiver, slices=gains)
 
         return after
 

@@ -200,9 +200,10 @@ def _motion(settings: Settings) -> str:
     chosen = settings.irem
     words = {
         "stack": "",
-        "slice": ", with a pose for each slice, whose path is a random walk in the order of "
-        "acquisition",
-        "auto": ", with a pose for each slice where that predicts held-out voxels better",
+        "slice": ", with a gain and a pose for each slice (a random walk in the order of "
+        "acquisition)",
+        "auto": ", with a gain and a pose for each slice where that predicts held-out voxels "
+        "better",
     }[chosen.motion]
     acquisition = settings.acquisition
     tried = acquisition.profile != "none" and not acquisition.profile_file

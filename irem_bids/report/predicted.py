@@ -65,12 +65,20 @@ def poses(result: MethodResult, stack: Stack, pose: RigidTransform) -> list[Rigi
 
 
 def receiver(result: MethodResult, stack: Stack, pose: RigidTransform) -> NDArray[np.float64]:
-    """(I, J, K) factor of gain and bias that a method found for a stack."""
+    """(I, J, K) factor of gain, bias and gains of slices that a method found for a stack."""
     gain = result.gains.get(stack.label, 1.0)
     bias = slice_values(result, "bias").get(stack.label)
+    each = stack.by_slice(slice_gains(result, stack))
     if bias is None or result.grid is None:
-        return np.full(stack.grid.shape, gain)
-    return np.asarray(Receiver(gain, bias).image(stack.grid, pose, result.grid.centre))
+        return gain * each
+    return np.asarray(Receiver(gain, bias).image(stack.grid, pose, result.grid.centre) * each)
+
+
+def slice_gains(result: MethodResult, stack: Stack) -> NDArray[np.float64]:
+    """(K,) brightness of each slice beyond gain and bias of the stack; 1 where none was found."""
+    count = stack.grid.shape[stack.slice_axis]
+    found = slice_values(result, "slice_gains").get(stack.label)
+    return found if found is not None and found.shape == (count,) else np.ones(count)
 
 
 def voxels(

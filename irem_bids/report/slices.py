@@ -81,7 +81,7 @@ def fit_stack(
     random = np.random.default_rng(0)
     residual, brightness = np.full(len(mask), np.nan), np.full(len(mask), np.nan)
     pairs: dict[int, tuple[NDArray, NDArray]] = {}
-    shading = predicted.receiver(result, stack, pose)
+    shading, gains = predicted.receiver(result, stack, pose), predicted.slice_gains(result, stack)
     for k in map(int, np.flatnonzero(counts >= max(20, ENOUGH * counts.max()))):
         index = np.insert(np.argwhere(mask[k]), axis, k, axis=1)
         if len(index) > VOXELS:
@@ -92,7 +92,7 @@ def fit_stack(
         if not np.any(guess > 0):
             continue
         pairs[k] = acquired, guess
-        brightness[k] = np.median(acquired) / max(float(np.median(guess)), 1e-6)
+        brightness[k] = gains[k] * np.median(acquired) / max(float(np.median(guess)), 1e-6)
     usual = running_median(brightness)
     for k, (acquired, guess) in pairs.items():
         residual[k] = np.median(np.abs(acquired - usual[k] * guess))

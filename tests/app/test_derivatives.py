@@ -205,6 +205,20 @@ def test_masks_of_some_stacks_make_no_brain_mask(result: Result, tmp_path: Path)
     assert image["SkullStripped"] is False
 
 
+def test_slices_of_the_sidecar_are_those_acquired(result: Result, tmp_path: Path) -> None:
+    """Null where preparation cut a slice off."""
+    path, step = result.methods["irem"] / "fit.json", result.prepared / "step.json"
+    of_slices = {"slice_weights": [1.0, 0.2], "slice_gains": [0.98765, 1.01]}
+    rows = {key: {"axial1": values} for key, values in of_slices.items()}
+    write_json(path, {**json.loads(path.read_text()), **rows})
+    places = {"axial1": {"first": 1, "count": 2, "acquired": 4}}
+    write_json(step, {**json.loads(step.read_text()), "slices": places})
+    derivatives.save(result, tmp_path)
+    sidecar = json.loads((tmp_path / paths.sidecar_path(result.group, "irem")).read_text())
+    assert sidecar["SliceWeights"] == {"axial1": [None, 1.0, 0.2, None]}
+    assert sidecar["SliceGains"] == {"axial1": [None, 0.9877, 1.01, None]}
+
+
 def test_rounding_makes_no_transform(result: Result, tmp_path: Path) -> None:
     path = result.methods["irem"] / "fit.json"
     fit = json.loads(path.read_text())

@@ -119,6 +119,30 @@ def test_receiver_has_gain_and_bias(tmp_path):
     result = report_material.load(inp).methods["irem"]
     plain = predicted.receiver(result, ready.stacks[1], ready.poses[1])
     assert np.all(plain == 0.96)
+    count = ready.stacks[1].grid.shape[ready.stacks[1].slice_axis]
+    edit_fit(inp.methods["irem"], slice_gains={"coronal1": np.linspace(0.9, 1.1, count).tolist()})
+    result = report_material.load(inp).methods["irem"]
+    by_slice = predicted.receiver(result, ready.stacks[1], ready.poses[1])
+    by_slice = np.moveaxis(by_slice, ready.stacks[1].slice_axis, 0)
+    assert np.allclose(by_slice[:, 3, 3], 0.96 * np.linspace(0.9, 1.1, count))
+    other = predicted.receiver(result, ready.stacks[0], ready.poses[0])
+    assert np.ptp(other) == 0
+
+
+def test_a_slice_is_as_dark_as_it_was_acquired_whatever_gain_was_found(tmp_path):
+    ready = prepared()
+    inp = make_input(tmp_path / "w", ready, ("irem",))
+    stack, pose = ready.stacks[0], ready.poses[0]
+    gains, k = np.ones(stack.grid.shape[stack.slice_axis]), stack.grid.shape[stack.slice_axis] // 2
+    gains[k] = 0.6
+    darker = stack.with_data(stack.data * stack.by_slice(gains))
+    edit_fit(inp.methods["irem"], slice_gains={"axial1": gains.tolist()})
+    result = report_material.load(inp).methods["irem"]
+    plain = slices.fit_stack(stack, pose, replace(result, fit={}), SCALE, Acquisition())
+    found = slices.fit_stack(darker, pose, result, SCALE, Acquisition())
+    assert found.brightness[k] == pytest.approx(0.6 * plain.brightness[k], rel=0.05)
+    assert found.residual[k] < 1.2 * plain.residual[k]
+    assert "signal dropped to 6" in slices.bad_slices(found)[k]
 
 
 def test_bias_that_was_found_is_no_bad_slice(tmp_path):

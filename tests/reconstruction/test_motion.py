@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -212,6 +214,79 @@ def test_a_dropped_slice_that_went_to_the_dark_is_put_back(prepared: Prepared, m
     assert reattach(system, volume, Prior(1e-3, 0.01), paths, rounds=8, iterations=5)
     assert system.slice_weights[1][k] == 0.0
     assert distance(model.poses[k], right, model.pivot)[1] < 0.5
+
+
+@pytest.fixture(scope="module")
+def uneven() -> tuple[Prepared, list[SimulatedStack], list[np.ndarray], Fit]:
+    """Slices of 5 % (standard deviation) more or less brightness; none is damaged."""
+    simulated = simulate(*head((64, 70, 60), 1.5), replace(PROTOCOL, damaged=0.0))
+    random = np.random.default_rng(1)
+    gains = [np.exp(0.05 * random.normal(size=s.stack.data.shape[2])) for s in simulated]
+    stacks = [
+        s.stack.with_data((s.stack.data * g).astype(np.float32))
+        for s, g in zip(simulated, gains, strict=True)
+    ]
+    made = prepare(stacks, SETTINGS)
+    rows = zip(made.stacks, simulated, gains, strict=True)
+    seen = []
+    for stack, one, each in rows:
+        first = prepared_slices(one.stack, stack)["first"]
+        seen.append(each[first : first + stack.grid.shape[stack.slice_axis]])
+    return made, simulated, seen, fit("irem", made, output_grid(made, SETTINGS.output), SETTINGS)
+
+
+def test_gains_of_slices_are_found(
+    uneven: tuple[Prepared, list[SimulatedStack], list[np.ndarray], Fit],
+) -> None:
+    """Beyond what is smooth along the stack; without them the slices lay 0.37 mm off."""
+    made, simulated, gains, found = uneven
+    assert found.info["motion"] == "slice"
+    for stack, true in zip(made.stacks, gains, strict=True):
+        across = tuple(a for a in range(3) if a != stack.slice_axis)
+        size = stack.mask.sum(axis=across)
+        where = np.flatnonzero(size > 0.3 * size.max())
+        seen = found.receivers[stack.label].slices
+        assert seen is not None
+        rough = [
+            level - np.polyval(np.polyfit(where, level, 2), where)
+            for level in (np.log(seen[where]), np.log(true[where]))
+        ]
+        assert np.std(rough[1]) > 0.015
+        assert np.std(rough[0] - rough[1]) < 0.7 * np.std(rough[1])  # most at the ends
+        assert np.median(np.abs(rough[0] - rough[1])) < 0.014
+    assert mean_error(made, simulated, found) < 0.3
+    assert min(min(w) for w in found.slice_weights.values()) > 0.8
+
+
+def test_gains_of_slices_are_part_of_what_is_predicted(
+    uneven: tuple[Prepared, list[SimulatedStack], list[np.ndarray], Fit], tmp_path: FilePath
+) -> None:
+    """By the fit, by one that was saved, and by the solver's system; the state survives, too."""
+    made, _, _, found = uneven
+    labels = [stack.label for stack in made.stacks]
+    state = State(
+        [found.slice_poses[label] for label in labels],
+        [found.receivers[label] for label in labels],
+        [found.slice_weights[label] for label in labels],
+        [found.widths[label] for label in labels],
+    )
+    state = State.restored(json.loads(json.dumps(state.record())))
+    system = build_system(Job(made, found.grid, SETTINGS, "cpu", None, None), found.grid, state)
+    residuals = system.residuals(torch.from_numpy(found.image()))
+    again = Fit.load(found.save(tmp_path))
+    for stack, model, residual in zip(made.stacks, system.models, residuals, strict=True):
+        seen = again.predict(stack, SETTINGS)
+        assert np.array_equal(seen, found.predict(stack, SETTINGS))
+        index = tuple(model.index.T.astype(np.intp))
+        expected = (model.values - residual).numpy()
+        assert np.abs(seen[index] - expected).max() < 0.01  # gains: to 0.1 of about 0.5
+
+
+def test_even_slices_get_next_to_no_gains(moving: Fit, prepared: Prepared) -> None:
+    for stack in prepared.stacks:
+        gains = moving.receivers[stack.label].slices
+        assert gains is not None
+        assert np.abs(np.log(gains)).max() < 0.03
 
 
 def test_part_of_a_model_predicts_its_slices(prepared: Prepared, moving: Fit) -> None:
