@@ -429,8 +429,6 @@ class _Solver:
         system: System,
         prior: Prior,
         paths: list[trajectory.Path] | None,
-        *,
-        width: bool = True,
     ) -> None:
         """Rounds in which the width of the profile is free, too.
 
@@ -439,14 +437,15 @@ class _Solver:
         seems bad; so other rounds follow.
         """
         light = replace(prior, weight=WIDTH_SHARE * prior.weight)
-        self._rounds(system, light, Freedom(width=width, paths=paths), WIDTH_ROUNDS)
+        self._rounds(system, light, Freedom(width=True, paths=paths), WIDTH_ROUNDS)
 
     def _choose_width(self, system: System, prior: Prior) -> None:
         """Learn the width of the profile if held-out voxels tell that the stated one is wrong.
 
-        The same rounds are taken with and without it; nothing of either is kept.  Slices that
-        all lie the same way see no other's profile, point samples have none, and a profile that
-        was measured is known.
+        The same rounds are taken with and without it; nothing of either is kept.  The slices'
+        weights stay as they are: one that is lost in one trial only costs more than a wrong width.
+        Slices that all lie the same way see no other's profile, point samples have none, and a
+        profile that was measured is known.
         """
         acquisition = self.job.settings.acquisition
         known = acquisition.profile == "none" or acquisition.profile_file is not None
@@ -455,11 +454,13 @@ class _Solver:
             return
         start, volume = State.of(system, self.state.paths), self._volume
         steps, errors = list(self.info["pose_steps_mm"]), {}
+        light = replace(prior, weight=WIDTH_SHARE * prior.weight)
         for name in ("stated", "learned"):
             self.volume, paths = volume, deepcopy(start.paths)
             trial = build_system(self.job, self.grid, start)
-            self._learn(trial, prior, paths, width=name == "learned")
-            self._rounds(trial, prior, Freedom(paths=paths), 1)
+            free = Freedom(width=name == "learned", paths=paths)
+            self._advance(trial, light, free, WIDTH_ROUNDS)
+            self._advance(trial, prior, Freedom(paths=paths), 1)
             errors[name] = self._held_out(State.of(trial, paths))
         self.info["held_out_by_width"] = errors
         if errors["learned"] < TRUER * errors["stated"]:
@@ -500,16 +501,7 @@ class _Solver:
         after = self._after(free)
 
         def go(rounds: int) -> None:
-            self.volume, steps = refine(
-                system,
-                self._volume,
-                prior,
-                free,
-                rounds=rounds,
-                iterations=ROUND_ITERATIONS,
-                after=after,
-            )
-            self.info["pose_steps_mm"] += steps
+            self._advance(system, prior, free, rounds, after)
 
         go(rounds)
         if free.paths:
@@ -525,6 +517,26 @@ class _Solver:
             if any(bool((was & (weights >= BAD)).any()) for was, weights in pairs):
                 go(1)  # an image of which they are part
             self._bridge(system, free.paths)
+
+    def _advance(
+        self,
+        system: System,
+        prior: Prior,
+        free: Freedom,
+        rounds: int,
+        after: Callable[[System, list[Tensor]], None] | None = None,
+    ) -> None:
+        """Rounds that change the system and the volume."""
+        self.volume, steps = refine(
+            system,
+            self._volume,
+            prior,
+            free,
+            rounds=rounds,
+            iterations=ROUND_ITERATIONS,
+            after=after,
+        )
+        self.info["pose_steps_mm"] += steps
 
     @staticmethod
     def _bridge(system: System, paths: Sequence[trajectory.Path]) -> None:
