@@ -46,12 +46,14 @@ RIDGE = 1e-7  # of each unknown's own curvature: keeps H invertible
 class Freedom:
     """What of the acquisition is refined beside the image.
 
-    ``paths``: per stack the prior of its slices' motion, where slices move one by one.
+    ``paths``: per stack the prior of its slices' motion, where slices move one by one;
+    ``gains``: these have gains, too, taken between the rounds (:func:`.robust.slice_gains`).
     """
 
     receiver: bool = True
     width: bool = False
     paths: Sequence[Path] | None = None
+    gains: bool = False
 
 
 class _Linearised:

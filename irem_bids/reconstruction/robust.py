@@ -23,7 +23,9 @@ STEEP = 8.0  # of the fall from 1 to 0 about it
 FEWEST = 30  # voxels that a slice's weight can be told from
 WINDOW = 9  # slices that a slice is compared with
 ALIKE = 20.0  # residuals that count as one where they speak of a slice's gain
+EVEN = 0.01  # spread of the slices' gains that misfit alone brings about, in the logarithm
 UNEVEN = 0.1  # largest spread of the slices' gains that is believed, in the logarithm
+FARTHEST = 0.35  # largest gain that is believed, in the logarithm
 
 
 def slice_weights(model: StackModel, residual: Tensor) -> NDArray[np.float64]:
@@ -57,8 +59,9 @@ def slice_gains(
     """(K,) gains of slices beyond what is smooth along the stack.
 
     A quadratic of the slice's number is left to the stack's gain and bias.  What remains of a
-    sound slice's factor (that of its prediction that fits it best) is drawn to 1 by how far the
-    sound slices of the stack scatter, beyond what the ``noise`` (variance of a residual) explains.
+    slice's factor (that of its prediction that fits it best) is drawn to 1 by how far the
+    ``sound`` slices (K,) of the stack scatter, beyond what the ``noise`` (variance of a residual)
+    and ``EVEN`` explain.
 
     Parameters
     ----------
@@ -70,16 +73,17 @@ def slice_gains(
     weighted = model.counts * predicted
     products = torch.stack([weighted * model.values, weighted * predicted], dim=1)
     asked, size = slice_sums(model, products).numpy().T
-    use = sound & (np.diff(model.starts) >= FEWEST) & (size > 0) & (asked > 0)
-    if use.sum() < 5:
-        return np.ones(model.slices)
-    variance = noise * ALIKE / size[use]
-    level = np.log(present[use] * asked[use] / size[use])
-    where = np.flatnonzero(use) / model.slices - 0.5
-    smooth = np.polynomial.Polynomial.fit(where, level, 2, w=(variance + UNEVEN**2) ** -0.5)
-    level -= smooth(where)
-    spread = (1.4826 * np.median(np.abs(level))) ** 2 - np.median(variance)
-    spread = float(np.clip(spread, 0.0, UNEVEN**2))
-    gains = np.ones(model.slices)
-    gains[use] = np.exp(level * spread / (spread + variance))
+    known = np.flatnonzero((np.diff(model.starts) >= FEWEST) & (size > 0) & (asked > 0))
+    sound, gains = sound[known], np.ones(model.slices)
+    if sound.sum() < 5:
+        return gains
+    variance = noise * ALIKE / size[known]
+    level = np.log(present[known] * asked[known] / size[known])
+    trust = (variance + UNEVEN**2) ** -0.5
+    smooth = np.polynomial.Polynomial.fit(known[sound], level[sound], 2, w=trust[sound])
+    level -= smooth(known)
+    scatter = 1.4826 * np.median(np.abs(level[sound]))
+    spread = float(np.clip(scatter**2 - np.median(variance[sound]) - EVEN**2, 0.0, UNEVEN**2))
+    gains[known] = np.exp(level * spread / (spread + variance))
+    gains[known[np.abs(level) > FARTHEST]] = 1.0  # dropped, not uneven
     return gains

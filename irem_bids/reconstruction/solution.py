@@ -490,6 +490,8 @@ class _Solver:
             self.info["held_out_by_motion"] = errors
             if self.motion == "slice" or errors["slice"] < BETTER * errors["stack"]:
                 self.motion, self.volume = "slice", image
+                # before, and where the result's grid asks for more, misfit would pass for them
+                free = replace(free, gains=True)
                 self._rounds(moving, prior, free, SLICE_ROUNDS[level] - TRIAL_ROUNDS)
                 self.state = State.of(moving, paths)
                 return moving
@@ -557,7 +559,7 @@ class _Solver:
                     weights = system.slice_weights[s]
                     noise = _noise(model, residual, weights)
                     free.paths[s].adapt(noise)
-                    if free.receiver:
+                    if free.gains:
                         receiver = system.receivers[s]
                         gains = slice_gains(model, residual, noise, weights >= BAD, receiver.slices)
                         system.receivers[s] = replace(receiver, slices=gains)
