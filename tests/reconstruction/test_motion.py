@@ -238,7 +238,7 @@ def uneven() -> tuple[Prepared, list[SimulatedStack], list[np.ndarray], Fit]:
 def test_gains_of_slices_are_found(
     uneven: tuple[Prepared, list[SimulatedStack], list[np.ndarray], Fit],
 ) -> None:
-    """Beyond what is smooth along the stack; without them the slices lay 0.40 mm off."""
+    """Beyond what is smooth along the stack; without them the slices lay 0.37 mm off."""
     made, simulated, gains, found = uneven
     assert found.info["motion"] == "slice"
     told = 0
