@@ -259,8 +259,13 @@ def test_gains_of_slices_are_found(
             told += 1
     assert told == 2
     assert mean_error(made, simulated, found) < 0.3
-    low = [w for weights in found.slice_weights.values() for w in weights if w < 0.8]
-    assert len(low) <= 1  # of the stack whose slices' gains are not told
+
+
+@pytest.mark.xfail(strict=True, reason="a scatter of 2 % is not told: one slice has 0.17")
+def test_no_sound_slice_is_lost_where_slices_are_uneven(
+    uneven: tuple[Prepared, list[SimulatedStack], list[np.ndarray], Fit],
+) -> None:
+    assert min(min(w) for w in uneven[3].slice_weights.values()) > 0.8
 
 
 def test_gains_of_slices_are_part_of_what_is_predicted(
@@ -284,7 +289,7 @@ def test_gains_of_slices_are_part_of_what_is_predicted(
         assert np.array_equal(seen, found.predict(stack, SETTINGS))
         index = tuple(model.index.T.astype(np.intp))
         expected = (model.values - residual).numpy()
-        assert np.abs(seen[index] - expected).max() < 0.01  # gains: to 0.1 of about 0.5
+        assert np.abs(seen[index] - expected).max() < 0.005  # gains: to 0.1 of about 0.5
 
 
 def test_even_slices_get_next_to_no_gains(moving: Fit, prepared: Prepared) -> None:
